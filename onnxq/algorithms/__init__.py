@@ -1,0 +1,1 @@
+"""Methods on one weight matrix: pure numpy, one file each, never a graph."""

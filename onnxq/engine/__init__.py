@@ -1,0 +1,1 @@
+"""Compiling with TensorRT and reading what became of each node; the only room that imports tensorrt."""

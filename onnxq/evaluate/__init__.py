@@ -1,0 +1,1 @@
+"""Measuring a model against its original: outputs, perplexity."""

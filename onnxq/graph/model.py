@@ -1,0 +1,1 @@
+"""Loading and saving; replaced soon. The surface other rooms may rely on."""
