@@ -1,0 +1,1 @@
+"""Real models for tests and benchmarks, built from registry packages into models/out/."""

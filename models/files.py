@@ -1,12 +1,12 @@
 """Where the scripts write, and how: to a temporary beside the target, renamed when complete.
 
-A model may be several files (`model.onnx`, `model.onnx.data`, ...). `staged` moves `model.onnx` last and takes an
-old one away first, so whoever finds a `model.onnx` finds the data that belongs to it.
+A model may be several files (`model.onnx`, `model.onnx.data`, ...). `staged` moves `model.onnx`
+last and takes an old one away first, so whoever finds a `model.onnx` finds the data that belongs to
+it.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _LAST = "model.onnx"
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give a new temporary folder; when the block succeeds, move the files it left there into `folder`.
+    """Give a temporary folder; when the block succeeds, move the files it left there to `folder`.
 
     When the block raises, the temporary is removed and `folder` is as it was.
     """
@@ -35,13 +35,13 @@ def staged(folder: Path) -> Iterator[Path]:
             names.remove(_LAST)
             names.append(_LAST)
         for name in names:
-            os.replace(stage / name, folder / name)
+            (stage / name).replace(folder / name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def finished(*paths: Path, force: bool) -> bool:
-    """Whether every one of `paths` exists and need not be rebuilt; says so when that is the case."""
+    """Whether every one of `paths` exists and need not be rebuilt; says so when that is so."""
     if force or not all(path.exists() for path in paths):
         return False
     for path in paths:

@@ -1,6 +1,7 @@
-"""Read a LLaMA-shaped checkpoint from a GGUF file: configuration, weights by their Hugging Face names, tokenizer.
+"""Read a LLaMA-shaped checkpoint from a GGUF file: configuration, weights, tokenizer.
 
-Needs gguf, numpy, tokenizers; no torch. Weights are read one at a time.
+Weights get the names they have in Hugging Face checkpoints. Needs gguf, numpy, tokenizers; no
+torch. Weights are read one at a time.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ class Checkpoint:
         )
 
     def weights(self) -> Iterator[tuple[str, FloatArray]]:
-        """(name, float32 array) for every tensor, e.g. `model.layers.0.self_attn.q_proj.weight` [out, in].
+        """(name, float32 array) for every tensor, e.g. `model.layers.0.mlp.up_proj.weight`.
 
-        Linear weights have torch's layout; query and key rows are in the order that rotate_half expects.
+        Linear weights have torch's layout [out, in]; query and key rows are in the order that
+        rotate_half expects.
         """
         heads = {
             "attn_q": self.config.num_attention_heads,
@@ -91,7 +93,7 @@ class Checkpoint:
             yield module_name(tensor.name) + ".weight", value
 
     def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer. It splits numbers into digits, as SmolLM's does (`pre` = smollm)."""
+        """The byte-level BPE tokenizer; numbers are split into digits, as SmolLM's are."""
         tokens: list[str] = self.field("tokenizer.ggml.tokens")
         merges = [tuple(pair.split(" ")) for pair in self.field("tokenizer.ggml.merges")]
         vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -123,10 +125,11 @@ def module_name(tensor: str) -> str:
 
 
 def unpermute(weight: FloatArray, heads: int) -> FloatArray:
-    """Undo the row order that GGUF gives query and key weights. [heads * dim, in] -> the same shape.
+    """Undo the row order that GGUF gives query and key weights, [heads * dim, in].
 
-    llama.cpp rotates neighbours (0, 1), (2, 3), ...; Hugging Face's rotate_half rotates (0, dim/2), (1, dim/2 + 1), ...
-    So within a head, row 2 i + j of the file is row j * dim/2 + i here (j = 0, 1).
+    llama.cpp rotates neighbours (0, 1), (2, 3), ...; Hugging Face's rotate_half rotates (0, dim/2),
+    (1, dim/2 + 1), ... So within a head, row 2 i + j of the file is row j * dim/2 + i here (j = 0,
+    1).
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)

@@ -1,4 +1,4 @@
-"""Write an ONNX graph node by node, with module scopes as torch's exporters name them and streamed external weights."""
+"""Write an ONNX graph node by node: scopes as in torch's exports, weights streamed to a file."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ALIGNMENT = 4096  # a page: runtimes map what starts on one
 class GraphWriter:
     """Collects nodes and initializers. Every method that makes a value returns the value's name.
 
-    A node made inside `scope("model")`, `scope("layers.0")` is called `/model/layers.0/<OpType>`, with `_1`, `_2`, ...
-    for further ones of the same type, and carries its module path in the metadata:
-    `pkg.torch.onnx.name_scopes` = "['', 'model', 'model.layers.0', 'matmul_7']", the form that
-    torch.onnx.export(dynamo=True) writes (the last item is the node, not a module).
+    A node made inside `scope("model")`, `scope("layers.0")` is called `/model/layers.0/<OpType>`,
+    with `_1`, `_2`, ... for further ones of the same type, and carries its module path in the
+    metadata: `pkg.torch.onnx.name_scopes` = "['', 'model', 'model.layers.0', 'matmul_7']", the form
+    that torch.onnx.export(dynamo=True) writes (the last item is the node, not a module).
     """
 
     def __init__(self, data: BinaryIO, location: str) -> None:
-        """`data` receives the weights' bytes; `location` is that file's name as the model will find it."""
+        """`data` receives the weights; `location` is that file's name as the model will find it."""
         self._data, self._location = data, location
         self._modules: list[str] = []
         self._names: Counter[str] = Counter()
@@ -62,7 +62,7 @@ class GraphWriter:
         return result
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
-        """A small initializer stored in the model file; equal ones are stored once, as the exporters do."""
+        """A small initializer in the model file; equal ones are stored once, as exporters do."""
         array = np.asarray(value, dtype)
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
@@ -71,7 +71,7 @@ class GraphWriter:
         return self._constants[key]
 
     def weight(self, name: str, value: NDArray[Any]) -> str:
-        """An initializer whose bytes go to the data file at once, so that no array need stay in memory."""
+        """An initializer whose bytes go to the data file at once: no array need stay in memory."""
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         tensor = TensorProto(name=name, dims=value.shape, data_location=TensorProto.EXTERNAL)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)

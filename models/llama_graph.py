@@ -1,9 +1,10 @@
-"""The LLaMA prefill graph in ONNX operators: the shape of Hugging Face's LlamaForCausalLM, node for node.
+"""The LLaMA prefill graph in ONNX operators, shaped as Hugging Face's LlamaForCausalLM exports.
 
-What a quantizer must recognise is kept as the exporters write it: RMSNorm in six nodes, rotary embedding computed in
-the graph, grouped-query attention through Unsqueeze/Expand/Reshape, an additive mask, and an lm_head that multiplies by
-the Transpose of the embedding that Gather reads. Dimensions in comments: B batch, S sequence, H hidden, D head_dim,
-N query heads, G key/value heads, V vocabulary.
+What a quantizer must recognise is kept as the exporters write it: RMSNorm in six nodes, rotary
+embedding computed in the graph, grouped-query attention through Unsqueeze/Expand/Reshape, an
+additive mask, and an lm_head that multiplies by the Transpose of the embedding that Gather reads.
+Dimensions in comments: B batch, S sequence, H hidden, D head_dim, N query heads, G key/value heads,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class LlamaGraph:
         return w.op("Unsqueeze", counted, w.constant([0]))
 
     def _mask(self, positions: str) -> str:
-        """[B, 1, S, S]: 0 where query i may see key j (j <= i, and j is no padding), finfo.min elsewhere."""
+        """[B, 1, S, S]: 0 where query i may see key j (j <= i, not padding), else finfo.min."""
         w = self.w
         query = w.op("Transpose", positions, perm=[1, 0])  # [S, 1]
         causal = w.op("LessOrEqual", positions, query)  # [S, S]
@@ -106,7 +107,7 @@ class LlamaGraph:
         return x if self.dtype == np.float32 else self.w.op("Cast", x, to=to)
 
     def _rms_norm(self, x: str, module: str, name: str) -> str:
-        """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang and Sennrich 2019, eq. 4)."""
+        """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang, Sennrich 2019)."""
         w = self.w
         with w.scope(name):
             x = self._cast(x, TensorProto.FLOAT)
@@ -121,7 +122,7 @@ class LlamaGraph:
         return self.w.op("Transpose", self.w.op("Reshape", x, shape), perm=[0, 2, 1, 3])
 
     def _rotate(self, x: str, cosine: str, sine: str) -> str:
-        """x cos + rotate_half(x) sin, where rotate_half([a, b]) = [-b, a] (Su et al. 2021, in GPT-NeoX order)."""
+        """x cos + rotate_half(x) sin, with rotate_half([a, b]) = [-b, a] (Su et al. 2021)."""
         w, dim = self.w, self.config.head_dim
         axis, end = w.constant([3]), w.constant([np.iinfo(np.int64).max])
         first = w.op("Slice", x, w.constant([0]), w.constant([dim // 2]), axis)
@@ -166,12 +167,12 @@ class LlamaGraph:
 
 
 def weight_name(name: str) -> str:
-    """The initializer's name for a linear weight of the checkpoint: `_T`, because it is stored [in, out]."""
+    """The initializer's name for a linear weight: `_T`, because it is stored [in, out]."""
     return f"{name}_T"
 
 
 def stored(name: str, value: np.ndarray[Any, Any]) -> tuple[str, np.ndarray[Any, Any]]:
-    """Name and array of a checkpoint tensor as the graph wants it: linear weights transposed, the others as they are."""
+    """A checkpoint tensor as the graph wants it: linear weights transposed and renamed."""
     if name.endswith("_proj.weight"):
         return weight_name(name), value.T
     return name, value

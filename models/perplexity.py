@@ -1,12 +1,13 @@
-"""Perplexity of a causal language model in ONNX, with onnxruntime: the yardstick that models/ checks itself with.
+"""Perplexity of a causal language model in ONNX: the yardstick that models/ checks itself with.
 
     python -m models.perplexity MODEL.onnx [--text FILE] [--windows N] [--threads N]
 
-The text is tokenized once, whole, without a BOS token, and cut into consecutive windows of 512 tokens (stride 512, the
-rest dropped). Every token but a window's first is scored: perplexity = exp(mean over all of -ln p(token | before)).
-`tokenizer.json` lies beside the model. One window runs at a time: its logits are 100 MB.
+The text is tokenized once, whole, without a BOS token, and cut into consecutive windows of 512
+tokens (stride 512, the rest dropped). Every token but a window's first is scored: perplexity =
+exp(mean over all of -ln p(token | before)). `tokenizer.json` lies beside the model. One window runs
+at a time: its logits are 100 MB.
 
-SmolLM2-135M-Instruct on wiki_eval: PLACEHOLDER
+SmolLM2-135M-Instruct on wiki_eval: 3 windows fp32 20.022, fp16 20.027; 16 windows fp32 21.895.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WINDOW = 512
 
 
 def windows(text: str, tokenizer: Tokenizer, length: int = WINDOW) -> NDArray[np.int64]:
-    """Token ids [windows, length] of the text; the tokens that do not fill a last window are dropped."""
+    """Token ids [windows, length] of the text; tokens that do not fill a last one are dropped."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     count = len(ids) // length
     return np.asarray(ids[: count * length], np.int64).reshape(count, length)

