@@ -59,7 +59,7 @@ def report(model: Path, text: Path, count: int, threads: int = 1) -> None:
     """Measure on the first `count` windows of `text` and print one line."""
     start = time.perf_counter()
     tokenizer = Tokenizer.from_file(str(model.parent / "tokenizer.json"))
-    ids = windows(text.read_text(encoding="utf-8"), tokenizer)[:count]
+    ids = windows(wiki.text(text), tokenizer)[:count]
     value = perplexity(model, ids, threads)
     print(
         f"perplexity {value:.3f} on {len(ids)} windows of {text.name}, "

@@ -33,8 +33,8 @@ FOLDER = OUT / "wiki"
 CALIB, EVAL = FOLDER / "wiki_calib.txt", FOLDER / "wiki_eval.txt"
 WORDSIM353, SIMLEX999 = FOLDER / "wordsim353.tsv", FOLDER / "simlex999.txt"
 
-_DATA = "gensim/test/test_data/"
-_DUMP = _DATA + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+DATA = "gensim/test/test_data/"
+_DUMP = DATA + "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 # What to remove from wiki markup, and how often: nested forms need several rounds, innermost first.
 _REMOVE: tuple[tuple[int, str, int], ...] = (
@@ -103,6 +103,13 @@ def split(items: list[Article]) -> tuple[list[Article], list[Article]]:
     return items[0::4], [item for index, item in enumerate(items) if index % 4]
 
 
+def text(path: Path) -> str:
+    """The content of CALIB or EVAL, which is built first if it is missing."""
+    if path.parent == FOLDER and not path.exists():
+        build()
+    return path.read_text(encoding="utf-8")
+
+
 def build(folder: Path = FOLDER) -> None:
     """Write the four files into `folder`."""
     dump = bz2.decompress(packages.extract(packages.GENSIM, _DUMP).read_bytes()).decode()
@@ -112,7 +119,7 @@ def build(folder: Path = FOLDER) -> None:
             (stage / name).write_text("\n\n".join(map(str, part)), encoding="utf-8")
             print(f"{shown(folder / name)}: {len(part)} articles, {size(stage / name)}")
         for name in (WORDSIM353.name, SIMLEX999.name):
-            source = packages.extract(packages.GENSIM, _DATA + name)
+            source = packages.extract(packages.GENSIM, DATA + name)
             (stage / name).write_bytes(source.read_bytes())
             print(f"{shown(folder / name)}: {size(stage / name)}")
 
