@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -29,16 +30,8 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     temporaries: list[Path] = []
     try:
         for target in targets:
-            handle, name = tempfile.mkstemp(
-                dir=target.parent, prefix=f"{_TEMPORARY_PREFIX}{target.name}."
-            )
-            os.close(handle)
-            temporaries.append(Path(name))
+            temporaries.append(temporary_beside(target))
         yield temporaries
-        for temporary in temporaries:
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.chmod(0o666 & ~_umask())
         for temporary, target in reversed(list(zip(temporaries, targets, strict=True))):
             temporary.replace(target)
     except OSError as error:
@@ -49,6 +42,20 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(target: Path) -> Path:
+    """A new empty file in the target's folder, with the permissions a new file would have.
+
+    Its name carries the process id: what a killed run left is removed by the next one.
+    """
+    _remove_stale(target)
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f"{_TEMPORARY_PREFIX}{os.getpid()}-{target.name}."
+    )
+    os.fchmod(handle, 0o666 & ~_umask())
+    os.close(handle)
+    return Path(name)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,6 +71,24 @@ def sha256(path: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what a killed run left beside `target`; a running one's files stay."""
+    for path in target.parent.glob(f"{_TEMPORARY_PREFIX}*-{glob.escape(target.name)}.*"):
+        pid = path.name[len(_TEMPORARY_PREFIX) :].partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _umask() -> int:

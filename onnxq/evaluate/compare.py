@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -18,19 +18,12 @@ from onnxq.evaluate.comparison import Comparison, Row, Tolerances
 from onnxq.evaluate.memory import available_memory, resident_memory
 from onnxq.evaluate.metrics import OutputError
 from onnxq.evaluate.outputs import SaveOutputs, saving_outputs
-from onnxq.evaluate.runners import Model, any_model
+from onnxq.evaluate.runners import Device, Model, Samples, any_model
 from onnxq.evaluate.spool import Spool, spool
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]
 Outputs = dict[str, Array]
-
-
-class Samples(Protocol):
-    """A sized iterable of feeds {input name: array} that can be gone through more than once."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Any: ...
 
 
 def compare(
@@ -42,7 +35,7 @@ def compare(
     max_abs_error: float | None = None,
     min_equal: float | None = None,
     outputs: Sequence[str] | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     sequential: bool | None = None,
     save_outputs: Path | None = None,
     progress: Progress = silent,

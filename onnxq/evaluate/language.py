@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.calibrate.session import InputSpec, open_session
 from onnxq.errors import OnnxqError
+from onnxq.evaluate.runners import Device
 
 Array = NDArray[Any]
 
@@ -23,16 +25,14 @@ class LanguageModel:
     cache (any input whose name starts with "past") is empty.
     """
 
-    def __init__(self, model: Path, device: str = "auto") -> None:
+    def __init__(self, model: Path, device: Device = "auto") -> None:
         """Open `model`.
 
         Raises:
             OnnxqError: unreadable, no input_ids, or no output that can be logits.
         """
-        from onnxq.calibrate.session import open_session
-
         self._path = model
-        self._session: Any = open_session(model, device=device)
+        self._session = open_session(model, device=device)
         self._specs = {spec.name: spec for spec in self._session.inputs}
         if _TOKENS not in self._specs:
             raise OnnxqError(
@@ -76,7 +76,7 @@ class LanguageModel:
             )
         return str(others[0])
 
-    def _input(self, spec: Any, tokens: Array) -> Array:
+    def _input(self, spec: InputSpec, tokens: Array) -> Array:
         dtype, window = np.dtype(spec.dtype), tokens[np.newaxis]
         if spec.name.startswith(_CACHE):
             return np.zeros(_empty_cache(spec.shape), dtype)
@@ -95,7 +95,7 @@ class LanguageModel:
         self._check_fixed(spec, window.shape)
         return value.astype(dtype)
 
-    def _check_fixed(self, spec: Any, shape: tuple[int, ...]) -> None:
+    def _check_fixed(self, spec: InputSpec, shape: tuple[int, ...]) -> None:
         fixed = len(spec.shape) == len(shape) and all(
             not isinstance(want, int) or want == got
             for want, got in zip(spec.shape, shape, strict=True)

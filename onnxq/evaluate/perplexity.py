@@ -21,6 +21,7 @@ from onnxq.errors import OnnxqError, missing_package
 from onnxq.evaluate.language import LanguageModel
 from onnxq.evaluate.likelihood import WindowScores, score
 from onnxq.evaluate.metrics import jsonable
+from onnxq.evaluate.runners import Device
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]
@@ -89,7 +90,7 @@ def perplexity(
     window: int = 512,
     limit: int | None = None,
     reference: Path | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity of `model` on `text`, and its distance from `reference` in the same pass.

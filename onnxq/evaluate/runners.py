@@ -9,24 +9,34 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import ml_dtypes  # noqa: F401  registers bfloat16 and the 8-bit floats with np.dtype()
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.calibrate.session import Session, one_line, open_session
 from onnxq.errors import OnnxqError, missing_package
 
 Array = NDArray[Any]
 Feed = Mapping[str, Array]
 
+Device = Literal["auto", "cpu", "cuda"]
+
 _ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
 
 # Where onnxruntime's name of a dtype is not numpy's.
 _ORT_NAMES = {"float32": "float", "float64": "double", "object": "string"}
+
+
+class Samples(Protocol):
+    """A sized iterable of feeds {input name: array} that can be gone through more than once."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Feed]: ...
 
 
 class Port(NamedTuple):
@@ -77,11 +87,11 @@ class Model:
             fitted = {name: self._fit(name, feed, metadata[name]) for name in metadata}
             try:
                 outputs = self.runner.infer(fitted, check_inputs=False)
-            except OnnxqError:
-                raise
+            except OnnxqError as error:
+                raise OnnxqError(f"{self.label!r}: {error.message}", error.hint) from error
             except Exception as error:
                 raise OnnxqError(
-                    f"{self.label!r} failed on a sample: {_first_line(error)}",
+                    f"{self.label!r} failed on a sample: {one_line(error)}",
                     "check the data's shapes against the model's inputs",
                 ) from error
         return dict(outputs)
@@ -98,7 +108,7 @@ class Model:
                 f"{self.label!r} takes {name!r} as {_dims(shape)}, "
                 f"the data has {_dims(array.shape)}"
             )
-        return self._cast(name, array, np.dtype(meta.dtype.name) if meta.dtype else array.dtype)
+        return self._cast(name, array, _numpy_dtype(meta.dtype) or array.dtype)
 
     def _cast(self, name: str, array: Array, wanted: np.dtype[Any]) -> Array:
         if array.dtype == wanted:
@@ -115,9 +125,15 @@ class Model:
 class _SessionPorts:
     """Our session with the face of an onnxruntime.InferenceSession, for Polygraphy."""
 
-    def __init__(self, session: Any, outputs: Sequence[str] | None) -> None:
+    def __init__(self, label: str, session: Session, outputs: Sequence[str] | None) -> None:
         self._session = session
-        self._outputs = tuple(outputs or session.output_names)
+        names = session.output_names
+        self._outputs = names if outputs is None else tuple(o for o in outputs if o in names)
+        if not self._outputs:
+            raise OnnxqError(
+                f"{label!r} has none of the outputs to compare: {', '.join(outputs or ())}",
+                f"it gives: {', '.join(names)}",
+            )
         self.notes: Sequence[str] = session.notes
 
     def get_inputs(self) -> list[Port]:
@@ -139,20 +155,18 @@ def onnx_model(
     *,
     folder: Path | None = None,
     outputs: Sequence[str] | None = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> Model:
     """An ONNX model in ONNX Runtime.
 
     Args:
         model: a file, or the bytes of one whose external data lies in `folder`.
-        outputs: the outputs to compute; None = all.
+        outputs: the outputs to compute, of those it has; None = all.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    from onnxq.calibrate.session import open_session
-
     def load() -> _SessionPorts:
-        return _SessionPorts(open_session(model, folder=folder, device=device), outputs)
+        return _SessionPorts(label, open_session(model, folder=folder, device=device), outputs)
 
     return Model(label, OnnxrtRunner(load, name=label))
 
@@ -183,7 +197,7 @@ def engine_model(label: str, engine: Path) -> Model:
     return Model(label, TrtRunner(EngineFromBytes(BytesFromPath(str(engine))), name=label))
 
 
-def any_model(label: str, model: Path, outputs: Sequence[str] | None, device: str) -> Model:
+def any_model(label: str, model: Path, outputs: Sequence[str] | None, device: Device) -> Model:
     """`onnx_model` or `engine_model`, by the file's suffix."""
     if model.suffix.lower() in _ENGINE_SUFFIXES:
         return engine_model(label, model)
@@ -210,6 +224,11 @@ def quiet() -> contextlib.AbstractContextManager[Any]:
     return manager
 
 
+def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """The numpy dtype of a polygraphy DataType (float8e4m3fn is ml_dtypes' float8_e4m3fn)."""
+    return np.dtype(dtype.name.replace("float8e", "float8_e")) if dtype else None
+
+
 def _ort_type(dtype: Any) -> str:
     """onnxruntime's name of a numpy dtype: tensor(float), tensor(bfloat16), tensor(int64)."""
     name = np.dtype(dtype).name
@@ -231,7 +250,3 @@ def _fits(shape: Sequence[int], wanted: Sequence[Any]) -> bool:
 
 def _dims(shape: Sequence[Any]) -> str:
     return "[" + ", ".join("?" if dim is None else str(dim) for dim in shape) + "]"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,186 @@
+"""From a histogram to the magnitude that a quantizer's largest code shall stand for.
+
+    max              the largest magnitude seen
+    percentile:99.9  the magnitude that 99.9 % of the values do not exceed (99.99 when not said)
+    entropy          the clip that keeps most of the distribution: smallest KL divergence
+    mse              the clip with the smallest mean squared rounding and clipping error
+
+All of them are functions of the counts alone and so, like these, the same for any batch order.
+The codes of a format are given as its non-negative values over its largest one: `levels("int8")`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxq.calibrate.bins import TOP_BITS, MagnitudeBins
+from onnxq.calibrate.statistics import Histogram
+from onnxq.errors import OnnxqError
+
+Floats = NDArray[np.float64]
+
+METHODS = ("max", "percentile", "entropy", "mse")
+DEFAULT_PERCENTILE = 99.99
+
+# The clips that mse tries: max * 2^(-j/64) over eight octaves, 1.1 % apart, all lower ones being
+# worse than some of these unless fewer than 1 in 2^16 values carry the maximum's whole energy.
+_MSE_STEPS_PER_OCTAVE = 64
+_MSE_OCTAVES = 8
+
+
+def levels(name: str) -> Floats:
+    """The non-negative values of a format over the largest: [n], from 0 to 1.
+
+    Raises:
+        OnnxqError: not a format that a range can be chosen for.
+    """
+    if name == "int8":
+        return np.arange(128) / 127.0  # symmetric: -127 ... 127
+    if name == "fp8_e4m3":
+        # 4 exponent bits (bias 7), 3 mantissa bits; the last code is NaN: 127 values up to 448.
+        code = np.arange(127)
+        exponent, mantissa = code >> 3, code & 7
+        normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
+        return np.where(exponent > 0, normal, np.ldexp(mantissa / 8.0, -6)) / 448.0
+    raise OnnxqError(
+        f"there is no clipping range for the format {name!r}", "choose among int8, fp8_e4m3"
+    )
+
+
+def choose(histogram: Histogram, method: str, format_name: str = "int8") -> float:
+    """The clipping magnitude of `method` ("percentile:99.9"); 0.0 where all values are zero.
+
+    Never above the largest magnitude seen.
+
+    Raises:
+        OnnxqError: an unknown method or format, or a percentile outside (0, 100].
+    """
+    kind, _, option = method.partition(":")
+    if kind not in METHODS or (option and kind != "percentile"):
+        raise OnnxqError(
+            f"there is no calibration method {method!r}",
+            f"choose among {', '.join(METHODS)} (percentile:99.9 for another than 99.99)",
+        )
+    if kind == "percentile":
+        share = _percentage(option)
+    grid = levels(format_name)
+    amax, bins = histogram.amax, histogram.bins
+    if kind == "max" or amax == 0.0:
+        return amax
+    if kind == "percentile":
+        return min(percentile(bins, share), amax)
+    clip = entropy(bins, amax, grid) if kind == "entropy" else mse(bins, amax, grid)
+    return min(clip, amax)
+
+
+def _percentage(option: str) -> float:
+    try:
+        share = float(option or DEFAULT_PERCENTILE)
+    except ValueError:
+        share = -1.0
+    if not 0.0 < share <= 100.0:
+        raise OnnxqError(
+            f"{option!r} is no percentile", "give a number above 0, up to 100: percentile:99.9"
+        )
+    return share
+
+
+def percentile(bins: MagnitudeBins, share: float) -> float:
+    """Upper edge of the bin that holds the value `share` percent of the values do not exceed."""
+    cumulated = np.cumsum(bins.counts)
+    # As numpy's method "inverted_cdf": the smallest value with at least this many at or below it.
+    rank = max(int(np.ceil(int(cumulated[-1]) * share / 100.0)), 1)
+    return float(bins.edges()[int(np.searchsorted(cumulated, rank)) + 1])
+
+
+def entropy(bins: MagnitudeBins, amax: float, grid: Floats) -> float:
+    """The clip whose quantized distribution diverges least from the real one.
+
+    Szymon Migacz, "8-bit Inference with TensorRT" (GTC 2017): P is the histogram up to the clip
+    with all that lies above it added to its last bin; Q spreads what falls to each code evenly
+    over the bins of that code which hold anything; take the clip of least sum P log(P / Q). Here
+    over 2048 to 4096 bins of one width, every clip from one bin per code up.
+
+    Returns the clip's bin's upper edge.
+    """
+    counts = _uniform(bins, amax)
+    sums = _Cumulated(counts)
+    total = float(counts.sum())
+    best, best_divergence = counts.size, np.inf
+    for clip in range(min(grid.size, counts.size), counts.size + 1):
+        if counts[clip - 1] == 0 and clip < counts.size:
+            continue  # P's last bin would hold the clipped values and Q's nothing: infinite
+        divergence = sums.divergence(clip, grid, total)
+        if divergence <= best_divergence:  # of equals the widest
+            best, best_divergence = clip, divergence
+    return best * _width(bins)
+
+
+def _width(bins: MagnitudeBins) -> float:
+    """The width of the bins in the octave of the maximum."""
+    edges = bins.edges()
+    return float(edges[-1] - edges[-2])
+
+
+def _uniform(bins: MagnitudeBins, amax: float) -> NDArray[np.int64]:
+    """Counts in bins of the top octave's width over [0, amax]: 2048 to 4096 of them."""
+    width = _width(bins)
+    index = (bins.edges()[:-1] / width).astype(np.int64)
+    count = min(int(amax / width) + 1, 2 << TOP_BITS)
+    result = np.zeros(2 << TOP_BITS, np.int64)
+    np.add.at(result, index, bins.counts)
+    return result[:count]
+
+
+class _Cumulated:
+    """Running sums over uniform bins, so that a clip costs one look-up per code, not per bin."""
+
+    def __init__(self, counts: NDArray[np.int64]) -> None:
+        mass = counts.astype(np.float64)
+        self.counts = mass
+        self.mass = np.concatenate([[0.0], np.cumsum(mass)])
+        self.used = np.concatenate([[0], np.cumsum(counts > 0)])
+        self.logs = np.concatenate([[0.0], np.cumsum(mass * np.log(np.maximum(mass, 1.0)))])
+
+    def divergence(self, clip: int, grid: Floats, total: float) -> float:
+        """KL(P || Q) in nats when clipped after `clip` bins; see `entropy` for P and Q."""
+        middles = (grid[1:] + grid[:-1]) / 2.0 * clip
+        bounds = np.concatenate([[0], np.rint(middles).astype(np.int64), [clip]])
+        mass = np.diff(self.mass[bounds])
+        used = np.diff(self.used[bounds])
+        kept = float(self.mass[clip])
+        filled = mass > 0
+        # Over the bins of one code sum p log(p / q) = sum p log p - M log(M / used).
+        own = float(self.logs[clip])
+        codes = float(np.sum(mass[filled] * np.log(mass[filled] / used[filled])))
+        last = float(self.counts[clip - 1])
+        moved = total - kept
+        level = mass[filled][-1] / used[filled][-1] if kept else 1.0
+        own += (last + moved) * np.log(max(last + moved, 1.0)) - last * np.log(max(last, 1.0))
+        codes += moved * np.log(level)
+        # P is over `total`, Q over `kept`: sum p/total log((p/total) / (q/kept)).
+        return float((own - codes) / total - np.log(total / max(kept, 1.0)))
+
+
+def mse(bins: MagnitudeBins, amax: float, grid: Floats) -> float:
+    """The clip of least summed squared error, every bin standing at its middle.
+
+    The sum over the bins that round to one value v is S2 - 2 v S1 + v^2 S0 with running sums of
+    1, x and x^2, so a clip costs one look-up per value of the format.
+    """
+    edges = bins.edges()
+    middle = np.minimum((edges[1:] + edges[:-1]) / 2.0, amax) / amax
+    middle[0] = 0.0
+    weight = bins.counts.astype(np.float64)
+    s0, s1, s2 = (np.concatenate([[0.0], np.cumsum(weight * middle**power)]) for power in (0, 1, 2))
+    steps = np.arange(_MSE_OCTAVES * _MSE_STEPS_PER_OCTAVE)
+    clips = np.exp2(-steps / _MSE_STEPS_PER_OCTAVE)
+    values = clips[:, None] * grid  # [clips, levels]
+    halves = (values[:, 1:] + values[:, :-1]) / 2.0
+    inner = np.searchsorted(middle, halves)
+    ends = np.zeros((clips.size, 1), np.int64)
+    bounds = np.concatenate([ends, inner, ends + middle.size], axis=1)
+    d0, d1, d2 = (np.diff(s[bounds], axis=1) for s in (s0, s1, s2))
+    errors = np.sum(d2 - 2.0 * values * d1 + values**2 * d0, axis=1)
+    return float(clips[int(np.argmin(errors))] * amax)  # of equals the widest

@@ -1,0 +1,182 @@
+"""One compile, inside the compile's own process: model file in, engine and layer source out."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxq.engine.backends import Backend
+from onnxq.engine.layers import dtype_word
+from onnxq.engine.shapes import EngineInput, Profile, resolve
+from onnxq.errors import OnnxqError
+
+_SHOWN_ERRORS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. Paths are absolute; `engine` None compiles and writes nothing."""
+
+    model: str
+    engine: str | None
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    workspace: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compile gave: sizes in bytes, times in seconds, the sources of the layer list."""
+
+    inputs: tuple[EngineInput, ...]
+    outputs: tuple[EngineInput, ...]
+    profiles: tuple[Profile, ...]
+    parse_seconds: float
+    compile_seconds: float
+    engine_bytes: int
+    log: tuple[str, ...]
+    inspected: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Log:
+    """The log of one process: TensorRT keeps the first logger it was given, so there is one.
+
+    Keeps warnings, errors and what starts with `Layers:`; the rest (tens of thousands of lines
+    for a large model) is dropped as it comes.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self.layers: list[str] = []
+        self.warnings: list[str] = []
+        self.errors: list[str] = []
+        outer = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc]  # a class of an untyped module
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if message.startswith("Layers:"):
+                    outer.layers.append(message)
+                elif severity <= trt.ILogger.ERROR:
+                    outer.errors.append(message)
+                elif severity == trt.ILogger.WARNING:
+                    outer.warnings.append(message)
+
+        self.logger = Logger()
+
+    def clear(self) -> None:
+        """Forget what the previous compile said."""
+        for kept in (self.layers, self.warnings, self.errors):
+            kept.clear()
+
+
+def compile_model(
+    request: Request, backend: Backend, trt: Any, log: Log, stage: Callable[[str], None]
+) -> Outcome:
+    """Compile one model.
+
+    Raises:
+        OnnxqError: the model cannot be imported, the shapes do not fit it, or the compiler gave up.
+    """
+    log.clear()
+    started = time.monotonic()
+    stage("parse")
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse_from_file(request.model):
+        raise _import_error(request.model, parser, log)
+    inputs = _describe(network.num_inputs, network.get_input)
+    outputs = _describe(network.num_outputs, network.get_output)
+    profiles = tuple(resolve(profile, inputs) for profile in request.profiles or ((),))
+    config = _configure(trt, builder, request, backend, profiles)
+    parsed = time.monotonic()
+
+    stage("compile")
+    made = backend.compile(
+        trt, builder, network, config, Path(request.engine) if request.engine else None
+    )
+    if made is None:
+        raise _compile_error(request, log)
+    engine_bytes, inspected = made
+    return Outcome(
+        inputs=inputs,
+        outputs=outputs,
+        profiles=profiles,
+        parse_seconds=round(parsed - started, 3),
+        compile_seconds=round(time.monotonic() - parsed, 3),
+        engine_bytes=engine_bytes,
+        log=tuple(log.layers),
+        inspected=tuple(inspected),
+        warnings=tuple(dict.fromkeys(log.warnings)),
+    )
+
+
+def _network_flags(trt: Any) -> int:
+    # TensorRT 10 takes the file's types only when asked to; later ones know nothing else.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _describe(count: int, get: Callable[[int], Any]) -> tuple[EngineInput, ...]:
+    tensors = [get(index) for index in range(count)]
+    return tuple(
+        EngineInput(t.name, tuple(t.shape), dtype_word(str(t.dtype).rpartition(".")[2]))
+        for t in tensors
+    )
+
+
+def _configure(
+    trt: Any, builder: Any, request: Request, backend: Backend, profiles: Sequence[Profile]
+) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if request.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
+    for profile in profiles:
+        if profile:
+            made = builder.create_optimization_profile()
+            for entry in profile:
+                made.set_shape(entry.name, entry.minimum, entry.optimum, entry.maximum)
+            config.add_optimization_profile(made)
+    backend.set_targets(trt, config, request.targets)
+    return config
+
+
+def _import_error(model: str, parser: Any, log: Log) -> OnnxqError:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not errors:
+        said = log.errors[-1] if log.errors else "no reason given"
+        return OnnxqError(f"TensorRT cannot read {model}: {said}")
+    first = errors[0]
+    node = _call(first, "node_name")
+    operator = _call(first, "node_operator")
+    where = f" node {node!r}" if node else ""
+    kind = f" ({operator})" if operator else ""
+    more = f"; {len(errors) - 1} more" if len(errors) > 1 else ""
+    return OnnxqError(f"TensorRT cannot import{where or ' ' + model}{kind}: {first.desc()}{more}")
+
+
+def _call(error: Any, method: str) -> str:
+    found = getattr(error, method, None)
+    return str(found()) if found else ""
+
+
+def _compile_error(request: Request, log: Log) -> OnnxqError:
+    said = "; ".join(_plain(message) for message in log.errors[-_SHOWN_ERRORS:])
+    hint = ""
+    if "HW-specific datatypes: fp8" in said:
+        hint = "FP8 needs sm89 or later; quantize to int8 for this target"
+    return OnnxqError(f"TensorRT cannot compile {request.model}: {said or 'no reason given'}", hint)
+
+
+def _plain(message: str) -> str:
+    """The message without the compiler's own source positions."""
+    text = re.sub(r"^\S+: Error Code \d+: ", "", message)
+    return re.sub(r"\[\S+:\d+: \w+\] | In \w+ at /\S+:\d+", "", text).strip()
