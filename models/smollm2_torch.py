@@ -6,7 +6,8 @@
 writes into models/out/smollm2-torch/ (-decode, -fp16, -decode-fp16 for the others)
 
     model.onnx, model.onnx.data   the graph as torch.onnx.export(dynamo=True) leaves it: linear
-                                  weights called `val_N`, module paths only in the node metadata
+                                  weights called `val_N`, module paths only in the node metadata;
+                                  Gather and the last Transpose both read `lm_head.weight`
     tokenizer.json                as models.smollm2 writes it
 
     prefill   input_ids, attention_mask int64 [batch, seq] -> logits [batch, seq, 49152]
