@@ -67,7 +67,7 @@ def compare(
         for label, model in models.items()
     ]
     with spool() as kept, saving_outputs(save_outputs) as save:
-        run = _Run(opened, samples, kept, save, progress)
+        run = _Run(opened, samples, outputs or (), kept, save, progress)
         if not run.side_by_side(sequential):
             run.one_after_the_other()
     return run.result(Tolerances(min_snr, min_cosine, max_abs_error, min_equal))
@@ -80,12 +80,14 @@ class _Run:
         self,
         models: Sequence[Model],
         samples: Samples,
+        wanted: Sequence[str],
         kept: Spool,
         save: SaveOutputs | None,
         progress: Progress,
     ) -> None:
         self.reference, *self.others = models
-        self.samples, self.kept, self.save, self.progress = samples, kept, save, progress
+        self.samples, self.wanted = samples, wanted
+        self.kept, self.save, self.progress = kept, save, progress
         self.sums: dict[tuple[str, str], OutputError] = {}
         self.remarks: list[str] = []
         self.done = 0
@@ -100,7 +102,7 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(self.reference)
             for index, feed in enumerate(self.samples):
-                expected = self._infer(self.reference, feed)
+                expected = self._expected(feed)
                 if index == 0:
                     together = together or self._fits(resident_memory() - before, sequential)
                     for model in self.others if together else ():
@@ -132,6 +134,16 @@ class _Run:
             labels = [model.label for model in (self.reference, *self.others)]
             for index in range(len(self.samples)):
                 self.save({label: self.kept.get(label, index) for label in labels})
+
+    def _expected(self, feed: Mapping[str, Array]) -> Outputs:
+        found = self._infer(self.reference, feed)
+        for name in self.wanted:
+            if name not in found:
+                raise OnnxqError(
+                    f"{self.reference.label!r} has no output {name!r}",
+                    f"it gives: {', '.join(found)}",
+                )
+        return {name: found[name] for name in self.wanted or found}
 
     def _infer(self, model: Model, feed: Mapping[str, Array]) -> Outputs:
         found = model.infer(feed)

@@ -7,6 +7,11 @@ strings: `DiscreteError` counts equal elements.
 An element that is NaN or infinite on one side and not the same on the other is *broken*: it is
 counted, kept out of the sums, and leaves the metrics without a value (None), which no tolerance
 accepts. An element that is the same infinity, or NaN, on both sides agrees.
+
+A *masked* element stands for minus infinity on both sides: one side is in the lower half of its
+dtype's range or -inf, and neither is above -30000. Attention masks are so written (-3.4e38 in FP32
+is -65504, or -inf after a sum, in FP16): such an element agrees, is counted, and is kept out of the
+sums, which it would otherwise drown.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,10 +30,18 @@ Array = NDArray[Any]
 # Elements in float64 at a time: 8 MB a temporary, whatever the tensor.
 _PIECE = 1 << 20
 
+# The least value at which an element can be masked: -65504 plus any likely score stays below.
+_MASK = -30000.0
+
 
 def is_float(array: Array) -> bool:
     """True for float16/32/64 and ml_dtypes' bfloat16 and 8-, 6- and 4-bit floats."""
-    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+    return is_float_dtype(array.dtype)
+
+
+def is_float_dtype(dtype: np.dtype[Any]) -> bool:
+    """`is_float` for a dtype."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
 @dataclass
@@ -36,6 +50,7 @@ class FloatError:
 
     elements: int = 0
     broken: int = 0  # NaN or infinite on one side and not the same on the other
+    masked: int = 0  # minus infinity on both sides, however each writes it
     squared_reference: float = 0.0
     squared_candidate: float = 0.0
     squared_error: float = 0.0
@@ -53,13 +68,23 @@ class FloatError:
             raise ValueError(f"shapes differ: {reference.shape} and {candidate.shape}")
         flat_reference, flat_candidate = reference.reshape(-1), candidate.reshape(-1)
         self.elements += flat_reference.size
+        floors = _floor(reference.dtype), _floor(candidate.dtype)
         for start in range(0, flat_reference.size, _PIECE):
             piece = slice(start, start + _PIECE)
-            self._add_piece(
-                flat_reference[piece].astype(np.float64), flat_candidate[piece].astype(np.float64)
-            )
+            with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond 1e154; see noise
+                self._add_piece(
+                    flat_reference[piece].astype(np.float64),
+                    flat_candidate[piece].astype(np.float64),
+                    floors,
+                )
 
-    def _add_piece(self, reference: Array, candidate: Array) -> None:
+    def _add_piece(self, reference: Array, candidate: Array, floors: tuple[float, float]) -> None:
+        # fmin: the least that is not NaN.
+        if np.fmin.reduce(reference) <= floors[0] or np.fmin.reduce(candidate) <= floors[1]:
+            masked = (reference <= floors[0]) | (candidate <= floors[1])
+            masked &= np.maximum(reference, candidate) <= _MASK
+            self.masked += int(np.count_nonzero(masked))
+            reference, candidate = reference[~masked], candidate[~masked]
         finite = np.isfinite(reference) & np.isfinite(candidate)
         if not finite.all():
             rest_reference, rest_candidate = reference[~finite], candidate[~finite]
@@ -83,6 +108,7 @@ class FloatError:
         """Add the sums of `other`, as if its tensors had been added here."""
         self.elements += other.elements
         self.broken += other.broken
+        self.masked += other.masked
         self.squared_reference += other.squared_reference
         self.squared_candidate += other.squared_candidate
         self.squared_error += other.squared_error
@@ -121,12 +147,14 @@ class FloatError:
             return 1.0
         # sqrt each: the product of the two sums may overflow where neither does.
         lengths = math.sqrt(self.squared_reference) * math.sqrt(self.squared_candidate)
-        return max(-1.0, min(1.0, self.product / lengths)) if lengths else 0.0
+        if not 0.0 < lengths < math.inf:
+            return 0.0
+        return max(-1.0, min(1.0, self.product / lengths))
 
     @property
     def mean_error(self) -> float | None:
         """Mean absolute error."""
-        return None if self.broken else self.absolute_error / max(1, self.elements)
+        return None if self.broken else self.absolute_error / max(1, self.elements - self.masked)
 
     @property
     def relative(self) -> float | None:
@@ -139,6 +167,7 @@ class FloatError:
             "kind": "float",
             "elements": self.elements,
             "nan_or_inf": self.broken,
+            "masked": self.masked,
             "snr_db": jsonable(self.snr),
             "cosine": jsonable(self.cosine),
             "max_abs_error": None if self.broken else self.max_error,
@@ -215,6 +244,13 @@ class OutputError:
             found["worst_sample"] = self.worst_sample
             found["worst_sample_snr_db"] = jsonable(self.worst_snr)
         return found
+
+
+def _floor(dtype: np.dtype[Any]) -> float:
+    """Half of the lowest value of a floating dtype, -inf for others: masks lie below."""
+    if not is_float_dtype(dtype):
+        return -math.inf
+    return float(ml_dtypes.finfo(dtype).min) / 2  # type: ignore[no-untyped-call]
 
 
 def jsonable(value: float | None) -> float | str | None:

@@ -84,4 +84,5 @@ def _plain(outputs: Mapping[str, Array]) -> dict[str, Array]:
         for name, array in outputs.items()
         if array.dtype.kind == "V"
     }
-    return {name: array.astype(wider.get(name, array.dtype)) for name, array in outputs.items()}
+    # np.array: a new, plain array, which a memory map of the spool is not.
+    return {name: np.array(array, wider.get(name)) for name, array in outputs.items()}

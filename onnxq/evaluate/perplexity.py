@@ -73,6 +73,8 @@ class Perplexity:
             ]
         lines = [f"perplexity {self.value:.3f}{_plus_minus(self.error)}, {over}"]
         if self.reference is not None and self.ratio is not None and self.ratio_error is not None:
+            if math.isnan(self.reference):
+                return [*lines, "reference  none, its logits are NaN or infinite"]
             lines += [
                 f"reference  {self.reference:.3f}, ratio {self.ratio:.4f}"
                 + _plus_minus(self.ratio_error, 4),
@@ -177,7 +179,8 @@ def _summary(scored: list[WindowScores], notes: list[str]) -> Perplexity:
     if not first:
         return Perplexity(value, error, **counts, notes=tuple(notes))
     reference = np.stack(first)
-    ratio, ratio_error = _exponential(surprisal - reference)
+    with np.errstate(invalid="ignore"):  # infinite on both sides
+        ratio, ratio_error = _exponential(surprisal - reference)
     return Perplexity(
         value,
         error,
