@@ -1,0 +1,269 @@
+"""What a calibration found, with where it came from: saved, loaded, merged, asked for ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxq import __version__
+from onnxq.calibrate.ranges import choose
+from onnxq.calibrate.statistics import Amax, ChannelAmax, Histogram, Statistic, make
+from onnxq.errors import OnnxqError
+from onnxq.files import replacing
+
+_FORMAT = 1  # of the file
+
+
+@dataclass(frozen=True, order=True)
+class DataOrigin:
+    """One set of calibration data: what it is, the digest of its rows, how many samples."""
+
+    description: str
+    digest: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Statistics per tensor: {tensor: {statistic: ...}}.
+
+    Attributes:
+        fingerprint: of the model that was calibrated; a table serves no other.
+        data: what it was calibrated with, sorted.
+        version: of the onnxq that made it.
+        notes: what was converted, left out or set on the way.
+    """
+
+    fingerprint: str
+    statistics: Mapping[str, Mapping[str, Statistic]]
+    data: tuple[DataOrigin, ...]
+    version: str = __version__
+    notes: tuple[str, ...] = ()
+
+    def range(self, tensor: str, method: str = "max", format_name: str = "int8") -> float:
+        """The magnitude that the largest code of `tensor` shall stand for; 0.0: it is all zeros.
+
+        Args:
+            method: max, percentile, percentile:99.9, entropy or mse.
+            format_name: int8 or fp8_e4m3: whose codes entropy and mse choose for.
+
+        Raises:
+            OnnxqError: the tensor was not calibrated, or not with what the method needs.
+        """
+        found = self.of(tensor)
+        for statistic in found.values():
+            if isinstance(statistic, Histogram):
+                return choose(statistic, method, format_name)
+        for statistic in found.values():
+            if isinstance(statistic, Amax) and method == "max":
+                return statistic.amax
+        raise OnnxqError(
+            f"the calibration of {tensor!r} has no histogram, which {method!r} needs",
+            "calibrate again with that method, or use max",
+        )
+
+    def extremes(self, tensor: str) -> tuple[float, float]:
+        """The smallest and the largest value of `tensor`.
+
+        Raises:
+            OnnxqError: it was not calibrated for them.
+        """
+        for statistic in self.of(tensor).values():
+            if isinstance(statistic, Amax):
+                return statistic.low, statistic.high
+        raise OnnxqError(f"the extremes of {tensor!r} were not calibrated", "calibrate again")
+
+    def channels(self, tensor: str, axis: int = -1) -> NDArray[np.float32]:
+        """max |x| of each index of `axis`, FP32 [channels].
+
+        Raises:
+            OnnxqError: it was not calibrated for them.
+        """
+        for statistic in self.of(tensor).values():
+            if not isinstance(statistic, ChannelAmax) or statistic.axis != axis:
+                continue
+            if statistic.values is not None:
+                return statistic.values
+        raise OnnxqError(
+            f"the channels of {tensor!r} along axis {axis} were not calibrated", "calibrate again"
+        )
+
+    def of(self, tensor: str) -> Mapping[str, Statistic]:
+        """All statistics of one tensor.
+
+        Raises:
+            OnnxqError: it was not calibrated.
+        """
+        if tensor not in self.statistics:
+            raise OnnxqError(
+                f"the calibration table has nothing on {tensor!r}",
+                "it was made with another recipe: calibrate again",
+            )
+        return self.statistics[tensor]
+
+    @property
+    def samples(self) -> int:
+        """Samples seen, over all data."""
+        return sum(origin.samples for origin in self.data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model's fingerprint and all statistics, hexadecimal.
+
+        The same for the same samples, however they were ordered, batched, split and merged.
+        """
+        total = hashlib.sha256(self.fingerprint.encode())
+        for tensor, name, key, array in self._arrays():
+            total.update(f"{tensor}\0{name}\0{key}\0{array.dtype.str}{array.shape}".encode())
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+    def require(self, fingerprint: str, tensors: Mapping[str, str] | None = None) -> None:
+        """Check that this table is the model's, and has what is `watched` (tensor: statistics).
+
+        Raises:
+            OnnxqError: it is another model's, or lacks some of it.
+        """
+        if self.fingerprint != fingerprint:
+            raise OnnxqError(
+                f"the calibration table is of another model (fingerprint {self.fingerprint}, "
+                f"this model's is {fingerprint})",
+                "calibrate this model, without --load-calib",
+            )
+        for tensor, names in (tensors or {}).items():
+            lacking = make(names).keys() - self.of(tensor).keys()
+            if "amax" in lacking and "histogram" in self.of(tensor):
+                lacking -= {"amax"}
+            if lacking:
+                raise OnnxqError(
+                    f"the calibration table lacks the {sorted(lacking)[0]} of {tensor!r}",
+                    "it was made with another recipe: calibrate again",
+                )
+
+    def merge(self, other: CalibrationTable) -> CalibrationTable:
+        """The table of the data of both, as if all of it had been calibrated at once.
+
+        Raises:
+            OnnxqError: the tables are of two models, or watched different things.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise OnnxqError(
+                f"two calibration tables of different models cannot be merged: fingerprint "
+                f"{self.fingerprint} and {other.fingerprint}",
+                "merge tables of one model",
+            )
+        merged: dict[str, dict[str, Statistic]] = {}
+        differing = self._watched() ^ other._watched()
+        if differing:
+            tensor, name = sorted(differing)[0]
+            raise OnnxqError(
+                f"only one of the two calibration tables has the {name} of {tensor!r}",
+                "merge tables made with one recipe",
+            )
+        for tensor, statistics in self.statistics.items():
+            merged[tensor] = make("+".join(statistics))
+            for name, statistic in merged[tensor].items():
+                statistic.load(statistics[name].arrays())
+                statistic.merge(other.statistics[tensor][name])
+        notes = [n for n in other.notes if n not in self.notes]
+        same = {o.digest for o in self.data} & {o.digest for o in other.data}
+        if same:
+            notes.append("the merged calibration tables share data, which counts twice now")
+        return replace(
+            self,
+            statistics=merged,
+            data=tuple(sorted(self.data + other.data)),
+            notes=(*self.notes, *notes),
+        )
+
+    def _watched(self) -> set[tuple[str, str]]:
+        return {(t, name) for t, statistics in self.statistics.items() for name in statistics}
+
+    def _arrays(self) -> list[tuple[str, str, str, NDArray[Any]]]:
+        """(tensor, statistic, key, array) of all of it, sorted."""
+        return [
+            (tensor, name, key, array)
+            for tensor in sorted(self.statistics)
+            for name, statistic in sorted(self.statistics[tensor].items())
+            for key, array in sorted(statistic.arrays().items())
+        ]
+
+    def save(self, path: Path) -> None:
+        """Write the table to `path` (.npz, no pickles), atomically; the same table, the same bytes.
+
+        Raises:
+            OnnxqError: it cannot be written.
+        """
+        tensors = sorted(self.statistics)
+        head = {
+            "format": _FORMAT,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "data": [asdict(origin) for origin in self.data],
+            "notes": list(self.notes),
+            "tensors": {t: sorted(self.statistics[t]) for t in tensors},
+        }
+        arrays: dict[str, NDArray[Any]] = {
+            "table": np.frombuffer(json.dumps(head).encode(), np.uint8)
+        }
+        for tensor, name, key, array in self._arrays():
+            arrays[f"{tensors.index(tensor)}.{name}.{key}"] = array
+        with replacing(path) as (temporary,), temporary.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
+    """A saved table; with `fingerprint`, only if it is that model's.
+
+    Raises:
+        OnnxqError: missing, damaged, no table, of a newer onnxq, or of another model.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            head = json.loads(archive["table"].tobytes())
+            if head["format"] != _FORMAT:
+                raise OnnxqError(
+                    f"{path} is a calibration table of onnxq {head['version']}, in a form that "
+                    f"{__version__} does not read",
+                    "calibrate again, or update onnxq",
+                )
+            statistics = {}
+            for index, (tensor, names) in enumerate(head["tensors"].items()):
+                statistics[tensor] = make("+".join(names))
+                for name, statistic in statistics[tensor].items():
+                    prefix = f"{index}.{name}."
+                    keys = [k for k in archive.files if k.startswith(prefix)]
+                    statistic.load({k.removeprefix(prefix): archive[k] for k in keys})
+            table = CalibrationTable(
+                fingerprint=str(head["fingerprint"]),
+                statistics=statistics,
+                data=tuple(DataOrigin(**origin) for origin in head["data"]),
+                version=str(head["version"]),
+                notes=tuple(head["notes"]),
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise OnnxqError(
+            f"{path} cannot be read as a calibration table: {error}",
+            "give a file that --save-calib wrote",
+        ) from error
+    if fingerprint is not None:
+        table.require(fingerprint)
+    return table
