@@ -35,7 +35,7 @@ class LlamaGraph:
         ]
 
     def outputs(self) -> list[ValueInfoProto]:
-        shape = ["batch", "seq", self.config.vocab_size]
+        shape: list[str | int | None] = ["batch", "seq", self.config.vocab_size]
         return [helper.make_tensor_value_info("logits", self.onnx_dtype, shape)]
 
     def build(self) -> None:

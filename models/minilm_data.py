@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def chunks(text: str, using: Tokenizer, length: int = LENGTH) -> NDArray[np.int6
     body = length - 2
     count = len(ids) // body
     made = np.empty((count, length), np.int64)
-    made[:, 0], made[:, -1] = using.token_to_id("[CLS]"), using.token_to_id("[SEP]")
+    made[:, [0, -1]] = using.encode("").ids  # [CLS] [SEP]
     made[:, 1:-1] = np.asarray(ids[: count * body]).reshape(count, body)
     return made
 
@@ -116,7 +117,8 @@ def build(folder: Path, seed: int) -> None:
     with staged(folder) as stage:
         for name, (source, count, which) in parts.items():
             ids = draw(chunks(wiki.text(source), using), count, which)
-            np.savez(stage / name, **feeds(ids))
+            arrays: dict[str, Any] = feeds(ids)
+            np.savez(stage / name, **arrays)
             print(f"{shown(folder / name)}: {count} chunks of {LENGTH}, {size(stage / name)}")
 
 

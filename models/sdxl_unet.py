@@ -29,11 +29,9 @@ Needs torch and diffusers. Configuration: diffusers documentation, CreativeML Op
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 
 from models.files import OUT, finished, shown, size, staged
-from models.graph_writer import NAME_SCOPES
+from models.module_names import name_by_module
 from models.torch_export import export_dynamo, summary
 
 OPSET = 21
@@ -157,31 +155,6 @@ def samples(
         "time_ids": np.tile([pixels, pixels, 0, 0, pixels, pixels], (rows, 1)),
     }
     return {name: made[name].astype(dtype) for name in INPUTS}
-
-
-def name_by_module(model: onnx.ModelProto) -> int:
-    """Rename `val_N` linear weights to `<module path>.weight_T`; returns how many.
-
-    The path is the last module in the node metadata `pkg.torch.onnx.name_scopes`.
-    """
-    graph = model.graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    uses = Counter(name for node in graph.node for name in node.input)
-    renamed = 0
-    for node in graph.node:
-        if node.op_type != "MatMul" or not node.input[1].startswith("val_"):
-            continue
-        tensor = initializers.get(node.input[1])
-        scopes = next((item.value for item in node.metadata_props if item.key == NAME_SCOPES), "[]")
-        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
-        if tensor is None or uses[tensor.name] != 1 or not modules:
-            continue
-        tensor.name = node.input[1] = f"{modules[-1]}.weight_T"
-        renamed += 1
-    names = Counter(tensor.name for tensor in graph.initializer)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"two weights would have the name {twice[0]!r}")
-    return renamed
 
 
 def build(folder: Path, which: str, dtype: str) -> None:
