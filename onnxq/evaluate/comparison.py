@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxq.evaluate.metrics import DiscreteError, FloatError, OutputError, jsonable
+from onnxq.evaluate.layers import LayerErrors
+from onnxq.evaluate.metrics import DiscreteError, FloatError, OutputError
+from onnxq.evaluate.tables import decibels, table
 
 _HEAD = ["candidate", "output", "SNR dB", "cosine", "max error", "mean error", "worst sample"]
 
@@ -100,6 +100,7 @@ class Comparison:
     Attributes:
         notes: label -> remarks on how that model was run (session options, casts).
         remarks: on the comparison as a whole.
+        layers: label -> where that model's error enters, if that was asked.
     """
 
     reference: str
@@ -108,6 +109,7 @@ class Comparison:
     tolerances: Tolerances = Tolerances()
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    layers: dict[str, LayerErrors] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -140,6 +142,7 @@ class Comparison:
             "rows": [row.as_dict() for row in self.rows],
             "notes": {label: list(notes) for label, notes in self.notes.items() if notes},
             "remarks": list(self.remarks),
+            "layers": {label: errors.as_dict() for label, errors in self.layers.items()},
         }
 
     def lines(self) -> list[str]:
@@ -151,7 +154,12 @@ class Comparison:
         said = [f"problem: {problem}" for problem in self.problems]
         said += [f"note: {label}: {note}" for label in self.notes for note in self.notes[label]]
         said += [f"note: {remark}" for remark in self.remarks]
-        return [title, *table(head, body), *said]
+        inside = [
+            line
+            for label, errors in self.layers.items()
+            for line in ("", f"{label}: {errors.lines()[0]}", *errors.lines()[1:])
+        ]
+        return [title, *table(head, body), *said, *inside]
 
     def _cells(self, row: Row) -> list[str]:
         cells = [row.candidate, row.output, *_figures(row.found)]
@@ -176,28 +184,3 @@ def _figures(found: OutputError) -> list[str]:
         f"{error.mean_error:.4g}",
         worst,
     ]
-
-
-def decibels(snr: float | None) -> str:
-    """An SNR for people: two decimals, "exact" for no error at all."""
-    if snr is None:
-        return "NaN"
-    return f"{snr:.2f}" if math.isfinite(snr) else ("exact" if snr > 0 else str(jsonable(snr)))
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart; a column whose cells all start like numbers is right-aligned."""
-    rows = [head, *body]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    numeric = [all(_numeric(row[column]) for row in body) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _numeric(cell: str) -> bool:
-    return cell in ("-", "exact", "NaN", "inf", "-inf") or cell.lstrip("-")[:1].isdigit()

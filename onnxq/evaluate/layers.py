@@ -17,9 +17,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnxq.evaluate.comparison import decibels, table
 from onnxq.evaluate.metrics import FloatError, is_float, jsonable
 from onnxq.evaluate.runners import Device, Feed, Model, Samples, onnx_model
+from onnxq.evaluate.tables import decibels, table
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]

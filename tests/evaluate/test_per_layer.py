@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from evaluate_models import samples, watched, write
 
+from onnxq.evaluate.compare import compare
 from onnxq.evaluate.layers import LayerErrors, per_layer
+from onnxq.evaluate.watching import layer_errors, watch
+from onnxq.graph.model import Model
 
 TENSORS = ["h", "a", "y", "s"]
 INPUTS = {"a": ["h"], "y": ["a"], "s": ["a", "y"]}
@@ -104,3 +108,49 @@ def test_without_inputs_each_is_compared_with_the_one_before(tmp_path: Path) -> 
     errors = found(tmp_path, (0, 0.1), inputs_of=None)
     assert errors.worst()[0].tensor == "y"
     assert errors.rows[3].noise_in == errors.rows[2].error.noise
+
+
+def test_two_models_are_watched_where_they_share_names(tmp_path: Path) -> None:
+    reference = Model.load(network(tmp_path / "reference.onnx", (0, 0)).path)
+    # The candidate computes h by another way and moves a about before it uses it.
+    changed = write(
+        tmp_path / "changed.onnx",
+        """agraph (float[N,16] x) => (float[N,16] s) {
+            half = MatMul(x, w1)
+            h = Add(half, half)
+            a = Relu(h)
+            other = Transpose(a)
+            back = Transpose(other)
+            y = MatMul(back, w2)
+            s = Add(a, y)
+        }""",
+        w1=np.eye(16, dtype=np.float32),
+        w2=np.eye(16, dtype=np.float32),
+    )
+    found = watch(reference, Model.load(changed))
+    assert found.tensors == ("h", "a", "y", "s")
+    assert found.inputs_of == {"h": (), "a": ("h",), "y": ("a",), "s": ("a", "y")}
+    assert found.producers["y"].startswith("MatMul")
+    back = watch(Model.load(changed), reference)
+    assert back.inputs_of["y"] == ("a",)  # through the two transposes, which are not watched
+
+
+def test_two_models_straight_from_their_files(tmp_path: Path) -> None:
+    reference = Model.load(network(tmp_path / "reference.onnx", (0, 0)).path)
+    candidate = Model.load(network(tmp_path / "candidate.onnx", (0, 0.1)).path)
+    errors = layer_errors(reference, candidate, samples(2, 8, 16))
+    assert errors.as_dict()["tensors"] == [
+        {**row, "producer": errors.rows[index].producer}
+        for index, row in enumerate(found(tmp_path, (0, 0.1)).as_dict()["tensors"])
+    ]
+    assert errors.worst()[0].tensor == "y"
+
+
+def test_a_comparison_carries_what_was_found_inside(tmp_path: Path) -> None:
+    inside = found(tmp_path, (0, 0.1))
+    paths = {name: tmp_path / f"{name}.onnx" for name in ("reference", "candidate")}
+    whole = replace(compare(paths, samples(1, 8, 16)), layers={"candidate": inside})
+    assert whole.as_dict()["layers"]["candidate"] == inside.as_dict()
+    text = whole.lines()
+    assert text[-len(inside.lines()) + 1 :] == inside.lines()[1:]
+    assert "candidate: where the error enters" in text[-len(inside.lines())]
