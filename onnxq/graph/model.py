@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
@@ -20,10 +21,11 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
+from onnxq.calibrate.session import InputSpec
 from onnxq.errors import OnnxqError
 from onnxq.graph import wire
 from onnxq.graph.constants import hoist_constants
-from onnxq.graph.weights import Extent, StoredValues, constant_type, stored
+from onnxq.graph.weights import Extent, StoredValues, constant_type, numpy_dtype, stored
 
 _INHERITED = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "namespace")
 
@@ -180,6 +182,25 @@ class Model:
         for tensor in self.graph.tensors().values():
             if isinstance(tensor, gs.Constant):
                 yield tensor
+
+    def stored_outside(self) -> Iterator[StoredValues]:
+        """Weights that lie in another file than the model's own."""
+        for constant in self.constants():
+            values = constant._values
+            if isinstance(values, StoredValues) and values.extent.path.name != self.path.name:
+                yield values
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The graph's inputs, as calibration data must fit them."""
+        return tuple(
+            InputSpec(
+                t.name,
+                numpy_dtype(t.dtype) if isinstance(t.dtype, int) else np.dtype(t.dtype),
+                tuple(t.shape or ()),
+            )
+            for t in self.graph.inputs
+            if not isinstance(t, gs.Constant)
+        )
 
     def session_model(self, outputs: Sequence[str] | None = None) -> tuple[bytes, Path]:
         """A serialized model for ONNX Runtime, and the folder its external weights lie in.

@@ -103,6 +103,16 @@ def is_floating(onnx_or_numpy: object) -> bool:
     return onnx_or_numpy is not None and np.dtype(onnx_or_numpy).kind == "f"  # type: ignore[call-overload]
 
 
+def float_tensors(model: Model) -> list[str]:
+    """Names of computed floating-point tensors, in graph order (unknown types count as such)."""
+    return [
+        t.name
+        for node in model.graph.nodes
+        for t in node.outputs
+        if t.name and (t.dtype is None or is_floating(t.dtype))
+    ]
+
+
 def captured_names(model: Model) -> set[str]:
     """Names of outer tensors that If, Loop and Scan bodies read."""
     return set(_captured(model.graph, nested=False))

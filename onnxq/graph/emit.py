@@ -1,0 +1,160 @@
+"""The Q/DQ forms TensorRT compiles into 8-bit kernels, as ONNX nodes.
+
+static   x -> Q(scale) -> DQ -> op <- DQ <- codes;  op -> * r -> + bias
+dynamic  m = max(amax of each token or sample, eps); x / m -> Q(1/qmax) -> DQ -> op -> * r -> * m -> + bias
+
+The dynamic form is a constant-scale Q/DQ around a normalised operand: TensorRT takes no computed
+scales, but this compiles into one kernel that quantizes and one 8-bit product.
+
+r carries the scales of the weight's channels, as a vector behind a product in 16 bits. Left to the
+compiler (a DequantizeLinear per channel), tensorrt-rtx 1.7 lets a linear layer write the raw sum of
+codes in FP16, which overflows, and multiplies by an FP16 vector of scale products near 1e-7, which
+has no digits left; a convolution writes FP32, twice the bytes. With one scale in DequantizeLinear
+the product is scaled in FP32 inside, and r rides in the kernel that adds the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq import numerics
+from onnxq.formats import QuantFormat
+from onnxq.graph.edit import Editor
+from onnxq.graph.query import ConstantOperand, label
+from onnxq.graph.weights import numpy_dtype, onnx_dtype
+
+SMALLEST = 2.0**-14
+"""Floor of a dynamic range: the smallest normal FP16 number. A row of zeros stays zeros."""
+
+
+class Emitter:
+    """Adds Q/DQ to one model, one pair for all consumers of a tensor."""
+
+    def __init__(self, editor: Editor, fmt: QuantFormat) -> None:
+        self.editor, self.fmt = editor, fmt
+        self.code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
+        self._static: dict[tuple[int, float], gs.Tensor] = {}
+        self._dynamic: dict[tuple[int, str], tuple[gs.Tensor, gs.Tensor]] = {}
+        self._weights: dict[tuple[Any, ...], tuple[gs.Tensor, gs.Constant | None]] = {}
+        self._alive: list[gs.Tensor] = []
+
+    def weight(
+        self, operand: ConstantOperand, axis: int | None, scale: Any, dtype: Any, like: gs.Node
+    ) -> tuple[gs.Tensor, gs.Constant | None]:
+        """DequantizeLinear on the weight's codes, stored in 8 bits and laid out as it is used.
+
+        The codes are computed when the model is written; consumers of one weight share them. The
+        float weight itself is untouched: whoever else reads it (an embedding) still does.
+
+        Args:
+            scale: float32, one or one for each index along `axis`.
+            dtype: type of the product, which the stored scales have too.
+
+        Returns:
+            The dequantized weight, and the vector its product is to be multiplied by, or None.
+        """
+        key = (id(operand.constant), operand.permutation, axis, onnx_dtype(dtype))
+        if key not in self._weights:
+            self._alive.append(operand.constant)
+            self._weights[key] = self._weight(operand, axis, scale, np.dtype(dtype), like)
+        return self._weights[key]
+
+    def _weight(
+        self, operand: ConstantOperand, axis: int | None, scale: Any, dtype: Any, like: gs.Node
+    ) -> tuple[gs.Tensor, gs.Constant | None]:
+        name, fmt, constant = operand.constant.name, self.fmt, self.editor.constant
+        split = axis is not None and dtype.itemsize == 2
+        if split:
+            stored, ratios = numerics.split_scale(scale, dtype)
+            scale = stored.astype(np.float32) * ratios.astype(np.float32)
+        else:
+            stored = scale = scale.astype(dtype)
+        codes = self.editor.derived(
+            f"{name}_{fmt.name}",
+            self.code_type,
+            operand.shape,
+            lambda: numerics.quantize(operand.load(), scale, fmt, axis),
+        )
+        out = self.editor.node(
+            "DequantizeLinear", f"{name}_DequantizeLinear", [codes, constant(f"{name}_scale", stored)],
+            f"{name}_dequantized", _tensor_dtype(dtype), operand.shape, like=like,
+            **({"axis": axis} if stored.ndim else {}),
+        )
+        if not split:
+            return out, None
+        trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
+        return out, constant(f"{name}_channel_scale", ratios.reshape(-1, *trailing))
+
+    def static(self, tensor: gs.Tensor, peak: float, like: gs.Node) -> gs.Tensor:
+        """Q and DQ of an activation whose largest magnitude was calibrated as `peak`."""
+        key = (id(tensor), peak)
+        if key not in self._static:
+            scale = numerics.scale_for(np.float32(peak), self.fmt, _dtype(tensor))
+            self._static[key] = self._pair(tensor, scale, like)
+            self._alive.append(tensor)
+        return self._static[key]
+
+    def dynamic(
+        self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
+    ) -> tuple[gs.Tensor, gs.Tensor]:
+        """Q and DQ of x / m, and m, for m = max |x| over `axes`."""
+        key = (id(tensor), repr(axes))
+        if key not in self._dynamic:
+            name, dtype = tensor.name, tensor.dtype
+            add, shape = self.editor.node, tensor.shape
+            one = [1 if i in {a % len(shape) for a in axes} else d for i, d in enumerate(shape)] \
+                if shape else None
+            magnitude = add("Abs", f"{name}_Abs", [tensor], f"{name}_abs", dtype, shape, like)
+            axis = self.editor.constant(f"{name}_axes", np.array(axes, np.int64))
+            peak = add("ReduceMax", f"{name}_ReduceMax", [magnitude, axis], f"{name}_amax", dtype,
+                       one, like, keepdims=1)
+            floor = self.editor.constant(f"{name}_floor", np.array(SMALLEST).astype(_dtype(tensor)))
+            peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
+            normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
+            scale = numerics.scale_for(np.float32(1), self.fmt, _dtype(tensor))
+            self._dynamic[key] = (self._pair(normal, scale, like), peak)
+            self._alive.append(tensor)
+        return self._dynamic[key]
+
+    def _pair(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
+        name, add = tensor.name, self.editor.node
+        scale_tensor = self.editor.constant(f"{name}_scale", scale)
+        zero = self.editor.constant(f"{name}_zero", np.zeros((), self.fmt.dtype()), self.code_type)
+        code_dtype = _tensor_dtype(self.fmt.dtype())
+        codes = add("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale_tensor, zero],
+                    f"{name}_quantized", code_dtype, tensor.shape, like)
+        return add("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale_tensor, zero],
+                   f"{name}_dequantized", tensor.dtype, tensor.shape, like)
+
+    def finish_product(
+        self, node: gs.Node, factors: Sequence[gs.Tensor], bias: gs.Tensor | None
+    ) -> None:
+        """Multiply the node's output by each factor, then add `bias`; the output keeps its name."""
+        steps = [("Mul", f"{label(node)}_Rescale", f) for f in factors]
+        steps += [("Add", f"{label(node)}_Bias", bias)] if bias is not None else []
+        if not steps:
+            return
+        out = node.outputs[0]
+        last = gs.Variable(self.editor.unique(f"{out.name}_product"), out.dtype, out.shape)
+        node.outputs[0] = last
+        for op, name, operand in steps:
+            last = self.editor.node(
+                op, name, [last, operand], f"{out.name}_rescaled", out.dtype, out.shape, node
+            )
+        last.inputs[0].outputs[0] = out
+
+
+def _dtype(tensor: gs.Tensor) -> Any:
+    """The numpy (or ml_dtypes) dtype of a tensor's values."""
+    return numpy_dtype(tensor.dtype) if isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
+
+
+def _tensor_dtype(dtype: Any) -> Any:
+    """The type as graphsurgeon keeps it."""
+    dtype = np.dtype(dtype)
+    return dtype if dtype.isbuiltin == 1 else onnx_dtype(dtype)

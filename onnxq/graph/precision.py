@@ -1,0 +1,393 @@
+"""Base precision: an FP32 graph in FP16 or BF16, except where that would overflow or lose itself.
+
+TensorRT takes every type from the file, so the conversion happens here. Which nodes stay FP32 is
+decided from known patterns, from the constants, and from measured ranges where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq.graph.edit import Editor
+from onnxq.graph.model import Model
+from onnxq.graph.query import captured_names, has_subgraph, label, producer, scalar
+from onnxq.graph.weights import array, constant_type
+from onnxq.report import Edit
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass(frozen=True)
+class Base:
+    """A 16-bit type, with the largest finite value and the smallest normal one."""
+
+    name: str
+    onnx_type: int
+    dtype: Any
+    largest: float
+    smallest: float
+
+    @property
+    def graph_dtype(self) -> Any:
+        """The type as graphsurgeon keeps it on a tensor."""
+        return np.dtype(np.float16) if self.name == "fp16" else self.onnx_type
+
+
+BASES = {
+    "fp16": Base("fp16", onnx.TensorProto.FLOAT16, np.float16, 65504.0, 2.0**-14),
+    "bf16": Base("bf16", onnx.TensorProto.BFLOAT16, ml_dtypes.bfloat16, 3.38e38, 2.0**-126),
+}
+
+MASK_FILL = -32768.0
+"""What a mask's huge negative constant becomes in FP16: exp() of it is 0, and a score added to it
+cannot overflow to -inf, which would turn a fully masked row into NaN."""
+
+RANGE_HUNGRY = {
+    "Exp": "grows without bound",
+    "Log": "loses itself near 0 and 1",
+    "Pow": "powers leave the range",
+    "Softplus": "is an exponential",
+    "CumSum": "sums run out of the range",
+    "ReduceSum": "sums run out of the range",
+    "ReduceProd": "products run out of the range",
+    "ReduceSumSquare": "squares leave the range",
+    "ReduceL2": "squares leave the range",
+    "ReduceLogSum": "sums run out of the range",
+    "ReduceLogSumExp": "is an exponential",
+}
+"""Operators that stay FP32 whatever the data. Softmax is not here: TensorRT's fused attention and
+ONNX Runtime both compute it in FP32 inside."""
+
+_AFTER_SQUARE = ("ReduceMean", "Add", "Sqrt", "Reciprocal", "Max", "Clip", "Pow", "Cast", "Expand")
+_ANGLE = ("Mul", "Add", "Sub", "Div", "Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "MatMul",
+          "Concat", "Transpose", "Neg", "Exp", "Einsum", "Range", "Identity", "Slice", "Gather")
+_RANGE_MARGIN = 0.9
+
+
+@dataclass
+class PrecisionPlan:
+    """Which FP32 nodes stay FP32, and why.
+
+    Attributes:
+        base: the 16-bit type of all others.
+        kept: id(node) -> reason.
+        clamped: names of constants whose value is cut to the range, with what they become.
+    """
+
+    base: Base
+    kept: dict[int, str] = field(default_factory=dict)
+    clamped: dict[str, float] = field(default_factory=dict)
+
+
+def is_fp32(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is FP32 (unknown types are not)."""
+    if isinstance(tensor, gs.Constant):
+        return constant_type(tensor) == FLOAT
+    return tensor.dtype is not None and not isinstance(tensor.dtype, int) and bool(
+        np.dtype(tensor.dtype) == np.float32
+    )
+
+
+def plan_precision(
+    model: Model, base: Base, ranges: Mapping[str, float] | None = None
+) -> PrecisionPlan:
+    """Decide for every node of an FP32 graph.
+
+    Args:
+        ranges: max |x| of activations by tensor name, as far as they were measured.
+    """
+    plan = PrecisionPlan(base)
+    captured = captured_names(model)
+    for node in model.graph.nodes:
+        reason = _structural(model, node, base, captured)
+        if reason is None and node.op in RANGE_HUNGRY and base.name == "fp16":
+            reason = f"{node.op} {RANGE_HUNGRY[node.op]}"
+        if reason is not None:
+            plan.kept[id(node)] = reason
+    for node in _angles(model):
+        plan.kept.setdefault(id(node), "positions and angles: integers above 2048 are not exact")
+    if base.name == "fp16":
+        for node in _norms(model):
+            plan.kept.setdefault(id(node), "squares in a norm leave the range")
+        for node in model.graph.nodes:
+            _judge_constants(node, plan)
+        _judge_ranges(model, plan, ranges or {})
+        _follow_divisors(model, plan)
+    return plan
+
+
+def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> str | None:
+    """Reasons that lie in the operator itself, for either 16-bit type."""
+    tensors = [t for t in (*node.inputs, *node.outputs) if is_fp32(t)]
+    if not tensors:
+        return None
+    if has_subgraph(node):
+        return "holds a subgraph, which passes through untouched"
+    if any(t.name in captured for t in node.outputs):
+        return "a subgraph reads its output"
+    if any(t.dtype is None and t.name for t in (*node.inputs, *node.outputs)):
+        return "types beyond it are unknown"
+    try:
+        schema = onnx.defs.get_schema(node.op, model.opset, node.domain or "")
+    except onnx.defs.SchemaError:
+        return f"custom operator {node.domain or ''}::{node.op}"
+    wanted = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[base.name]
+    for formal, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
+        for index, tensor in enumerate(actual):
+            if is_fp32(tensor) and not _pinned(schema, formal, index):
+                allowed = formal[min(index, len(formal) - 1)].types
+                if wanted not in allowed:
+                    return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
+    if node.op in ("EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike",
+                   "RandomUniformLike", "Bernoulli", "Multinomial"):
+        return "its type is an attribute"
+    return None
+
+
+def _pinned(schema: Any, formal: Any, index: int) -> bool:
+    """Whether the operator takes FP32 and nothing else at that place (Resize's scales)."""
+    return set(formal[min(index, len(formal) - 1)].types) == {"tensor(float)"}
+
+
+def _norms(model: Model) -> Iterator[gs.Node]:
+    """Square, mean, epsilon, root, reciprocal and the product with x, of a norm spelled out."""
+    for node in model.graph.nodes:
+        if not _is_square(node):
+            continue
+        chain = [c for c in node.outputs[0].outputs if c.op in ("ReduceMean", "ReduceSum")]
+        if not chain:
+            continue
+        yield node
+        seen: set[int] = set()
+        while chain:
+            current = chain.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            yield current
+            for consumer in current.outputs[0].outputs:
+                if consumer.op in _AFTER_SQUARE:
+                    chain.append(consumer)
+                elif consumer.op in ("Mul", "Div") and id(consumer) not in seen:
+                    seen.add(id(consumer))
+                    yield consumer
+
+
+def _is_square(node: gs.Node) -> bool:
+    if node.op == "Pow":
+        return scalar(node.inputs[1]) == 2.0
+    return node.op == "Mul" and node.inputs[0] is node.inputs[1]
+
+
+def _angles(model: Model) -> Iterator[gs.Node]:
+    """Sin, Cos and the elementwise arithmetic that leads to them from positions or timesteps."""
+    stack = [n for n in model.graph.nodes if n.op in ("Sin", "Cos")]
+    seen: set[int] = set()
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        for tensor in node.inputs:
+            source = producer(tensor)
+            if source is not None and source.op in _ANGLE:
+                stack.append(source)
+
+
+def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
+    """Constants that do not survive the cast: clamp a mask's, keep the node for any other."""
+    if id(node) in plan.kept:
+        return
+    for index, tensor in enumerate(node.inputs):
+        if not isinstance(tensor, gs.Constant) or not is_fp32(tensor):
+            continue
+        finite = array(tensor)
+        if finite.size == 0:
+            continue
+        largest = max(float(finite.max()), -float(finite.min()))
+        if not np.isfinite(largest):
+            finite = finite[np.isfinite(finite)]
+            largest = float(np.abs(finite).max(initial=0.0))
+        if largest > plan.base.largest:
+            clamp = _clamp_to(node, index, finite, plan.base)
+            if clamp is None:
+                plan.kept[id(node)] = f"constant {tensor.name!r} reaches {largest:.3g}"
+                return
+            plan.clamped[tensor.name] = clamp
+        elif 0 < largest < plan.base.smallest and not _is_offset(node, tensor):
+            plan.kept[id(node)] = f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in FP16"
+            return
+
+
+def _is_offset(node: gs.Node, tensor: gs.Constant) -> bool:
+    """A bias, which may vanish; not the guard against zero of what divides or takes a root."""
+    if node.op not in ("Add", "Sub"):
+        weight = node.inputs[min(1, len(node.inputs) - 1)]
+        return tensor is not weight and len(tensor.shape) > 0
+    guarded = ("Sqrt", "Div", "Log", "Reciprocal", "Pow")
+    return all(consumer.op not in guarded for consumer in node.outputs[0].outputs)
+
+
+def _clamp_to(node: gs.Node, index: int, finite: Any, base: Base) -> float | None:
+    """What an out-of-range constant may become without changing what the node means."""
+    if node.op in ("Where", "Mul", "Add", "Expand", "Concat") and bool(
+        ((finite <= -base.largest) | (np.abs(finite) <= 1)).all()
+    ):
+        return MASK_FILL
+    if node.op in ("Clip", "Min", "Max"):
+        return base.largest if float(finite.max()) > 0 else -base.largest
+    return None
+
+
+def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]) -> None:
+    limit = plan.base.largest * _RANGE_MARGIN
+    tensors = model.graph.tensors()
+    for name, amax in ranges.items():
+        tensor = tensors.get(name)
+        if amax <= limit or tensor is None or not is_fp32(tensor):
+            continue
+        source = producer(tensor)
+        mask = source is not None and any(
+            t.name in plan.clamped for t in source.inputs
+        )
+        if mask:
+            continue
+        for node in (*tensor.inputs, *tensor.outputs):
+            plan.kept.setdefault(id(node), f"{name!r} was measured at {amax:.3g}")
+
+
+def _follow_divisors(model: Model, plan: PrecisionPlan) -> None:
+    """What divides by a value guarded against 0 by a tiny constant stays FP32 with it."""
+    for node in model.graph.nodes:
+        if node.op in ("Div", "Reciprocal") and id(node) not in plan.kept:
+            divisor = producer(node.inputs[-1])
+            while divisor is not None and divisor.op in ("Expand", "Unsqueeze", "Reshape"):
+                divisor = producer(divisor.inputs[0])
+            if divisor is not None and id(divisor) in plan.kept and any(
+                is_fp32(t) for t in node.outputs
+            ):
+                plan.kept[id(node)] = f"divides by {label(divisor)!r}, which stays FP32"
+
+
+def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = False) -> list[Edit]:
+    """Cast weights and attributes, and put one Cast wherever FP32 and 16 bits meet."""
+    editor = Editor(model)
+    caster = _Caster(editor, plan)
+    edits: list[Edit] = []
+    before = list(model.graph.tensors().values())  # alive, so that their ids stay theirs
+    fp32 = {id(t) for t in before if is_fp32(t)}
+    if convert_io:
+        for tensor in model.graph.inputs:
+            if id(tensor) in fp32:
+                tensor.dtype = plan.base.graph_dtype
+    for node in list(model.graph.nodes):
+        touched = any(id(t) in fp32 for t in (*node.inputs, *node.outputs))
+        if not touched:
+            continue
+        kept = id(node) in plan.kept
+        if kept:
+            edits.append(Edit("precision", "keep fp32", label(node), plan.kept[id(node)]))
+        pinned = () if kept else _pinned_inputs(model, node)
+        for index, tensor in enumerate(list(node.inputs)):
+            if id(tensor) in fp32:
+                wanted = FLOAT if kept or index in pinned else plan.base.onnx_type
+                caster.feed(node, index, tensor, wanted)
+        if not kept:
+            _convert_outputs(editor, node, plan, fp32)
+    for name, value in plan.clamped.items():
+        edits.append(Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}"))
+    if not convert_io:
+        _restore_outputs(editor, plan, fp32)
+    editor.finish()
+    return edits
+
+
+def _convert_outputs(editor: Editor, node: gs.Node, plan: PrecisionPlan, fp32: set[int]) -> None:
+    if node.op == "Cast" and node.attrs.get("to") in (FLOAT, np.float32, np.dtype(np.float32)):
+        editor.set_attribute(node, "to", plan.base.onnx_type)
+    if node.op == "ConstantOfShape":
+        value = node.attrs.get("value")
+        number = float(array(value).reshape(-1)[0]) if value is not None else 0.0
+        if abs(number) > plan.base.largest and np.isfinite(number):
+            number = MASK_FILL if number < 0 else plan.base.largest
+        content = np.array([number], np.float32).astype(plan.base.dtype)
+        editor.set_attribute(node, "value", editor.constant("value", content))
+    for tensor in node.outputs:
+        if id(tensor) in fp32:
+            tensor.dtype = plan.base.graph_dtype
+
+
+def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
+    schema = onnx.defs.get_schema(node.op, model.opset, node.domain or "")
+    return tuple(i for i in range(len(node.inputs)) if _pinned(schema, schema.inputs, i))
+
+
+def _restore_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int]) -> None:
+    """Graph outputs keep their FP32: one Cast each, under the output's name."""
+    graph = editor.model.graph
+    for index, tensor in enumerate(list(graph.outputs)):
+        if id(tensor) not in fp32 or is_fp32(tensor) or not tensor.inputs:
+            continue
+        name = tensor.name
+        tensor.name = editor.unique(f"{name}_{plan.base.name}")
+        out = gs.Variable(name, dtype=np.dtype(np.float32), shape=tensor.shape)
+        node = gs.Node("Cast", editor.unique(f"{name}_Cast"), {"to": FLOAT}, [tensor], [out])
+        graph.nodes.append(node)
+        graph.outputs[index] = out
+
+
+class _Caster:
+    """Casts of tensors and constants, each made once."""
+
+    def __init__(self, editor: Editor, plan: PrecisionPlan) -> None:
+        self.editor, self.plan = editor, plan
+        self._cast: dict[tuple[int, int], gs.Tensor] = {}
+
+    def feed(self, node: gs.Node, index: int, tensor: gs.Tensor, wanted: int) -> None:
+        """Let the node read `tensor` in the wanted type."""
+        if isinstance(tensor, gs.Constant):
+            if wanted != FLOAT:
+                self.editor.replace_input(node, index, self._constant(tensor, wanted))
+            return
+        has = FLOAT if is_fp32(tensor) else self.plan.base.onnx_type
+        if has != wanted:
+            key = (id(tensor), wanted)
+            if key not in self._cast:
+                base = self.plan.base
+                dtype = np.dtype(np.float32) if wanted == FLOAT else base.graph_dtype
+                suffix = "fp32" if wanted == FLOAT else base.name
+                self._cast[key] = self.editor.node(
+                    "Cast", f"{tensor.name}_Cast_{suffix}", [tensor], f"{tensor.name}_{suffix}",
+                    dtype, tensor.shape, like=node, to=wanted,
+                )
+            self.editor.replace_input(node, index, self._cast[key])
+
+    def _constant(self, tensor: gs.Constant, wanted: int) -> gs.Constant:
+        key = (id(tensor), wanted)
+        if key not in self._cast:
+            low, dtype = self.plan.clamped.get(tensor.name), self.plan.base.dtype
+
+            def produce() -> Any:
+                values = array(tensor)
+                if low is not None:
+                    finite = np.isfinite(values)
+                    bound = abs(low)
+                    values = np.where(finite, np.clip(values, -bound, bound), values)
+                return values.astype(dtype)
+
+            name = f"{tensor.name}_{self.plan.base.name}"
+            if int(np.prod(tensor.shape or (1,))) * 2 < 1024:
+                self._cast[key] = self.editor.constant(name, produce())
+            else:
+                self._cast[key] = self.editor.derived(
+                    name, wanted, tuple(tensor.shape), produce, origin=tensor
+                )
+        return self._cast[key]
