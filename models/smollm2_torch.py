@@ -33,6 +33,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaForCausalLM
 
+from models import packages
 from models.files import OUT, finished, staged
 from models.smollm2 import checkpoint
 from models.torch_export import export_dynamo, summary
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    packages.script(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from models import minilm_data, packages, perplexity, ppocr, wiki
@@ -35,14 +36,17 @@ def test_wiki_articles_leave_out_redirects_and_namespaces() -> None:
     assert [article.title for article in wiki.articles(dump)] == ["Good"]
 
 
-def test_wiki_split_is_by_article_and_fixed(wheel: Callable[[packages.Package], Path]) -> None:
+def test_wiki_split_is_by_article_and_fixed(
+    wheel: Callable[[packages.Package], Path], tmp_path: Path
+) -> None:
     wheel(packages.GENSIM)
+    wiki.build(tmp_path)
     titles = []
-    for path, digest in (
-        (wiki.CALIB, "960733802214396628b94197178114ad6e209a38c1181f714be97328926989c3"),
-        (wiki.EVAL, "832ed3a644d50f049bde2dee17a85d7a83a261af14b9185858d704129125e161"),
+    for name, digest in (
+        (wiki.CALIB.name, "960733802214396628b94197178114ad6e209a38c1181f714be97328926989c3"),
+        (wiki.EVAL.name, "832ed3a644d50f049bde2dee17a85d7a83a261af14b9185858d704129125e161"),
     ):
-        text = wiki.text(path)
+        text = (tmp_path / name).read_text("utf-8")
         found = [line for line in text.split("\n") if line.startswith(" = ")]
         titles.append(set(found))
         # every figure measured on these files assumes this text
@@ -112,7 +116,7 @@ def test_ctc_merges_repeats_and_keeps_doubles() -> None:
 
 
 def test_preprocess_range_and_padding() -> None:
-    image = ppocr.Image.new("L", (20, 24), 255)
+    image = Image.new("L", (20, 24), 255)
     made = ppocr.preprocess(image)
     assert made.shape == (3, 48, 480)
     np.testing.assert_array_equal(made[:, :, :40], 1)
