@@ -33,10 +33,8 @@ class Spool:
         for index, (name, array) in enumerate(outputs.items()):
             path = self._folder / f"{len(self._kept)}-{index}.npy"
             array = np.ascontiguousarray(array)
-            # .npy does not know bfloat16 and the 8-bit floats: their bytes, and the dtype beside.
-            stored = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
             try:
-                np.save(path, stored)
+                np.save(path, array)
             except OSError as error:
                 raise OnnxqError(
                     f"cannot keep outputs in {self._folder}: {error.strerror or error}",
@@ -50,6 +48,7 @@ class Spool:
         found = {}
         for name, (path, dtype) in self._kept[label, sample].items():
             array = np.load(path, mmap_mode=None if dtype.hasobject else "r", allow_pickle=True)
+            # .npy knows bfloat16 and the 8-bit floats as nameless bytes.
             found[name] = array if array.dtype == dtype else array.view(dtype)
         return found
 

@@ -72,6 +72,23 @@ def test_tolerances_decide(
     assert ("FAILED" in "\n".join(found.lines())) is not passed
 
 
+def test_a_reversed_output_fails_the_cosine(reference: Path, tmp_path: Path) -> None:
+    reversed_ = candidate_of(tmp_path, IDENTITY.replace("Identity", "Neg"))
+    assert not versus(reference, reversed_, min_cosine=-0.5).passed
+    assert versus(reference, reversed_, min_cosine=-1.0).passed
+
+
+def test_integers_are_cast_only_where_they_fit(tmp_path: Path) -> None:
+    graph = "agraph ({}[N] x) => (float[N] y) {{ y = Cast<to = 1>(x) }}"
+    wide = write(tmp_path / "wide.onnx", graph.format("int64"))
+    narrow = write(tmp_path / "narrow.onnx", graph.format("int32"))
+    models = {"original": wide, "candidate": narrow}
+    found = compare(models, [{"x": np.array([1, 2**31 - 1])}], min_snr=200.0)
+    assert found.passed and "cast from int64 to int32" in found.notes["candidate"][0]
+    with pytest.raises(OnnxqError, match="takes 'x' in int32"):
+        compare(models, [{"x": np.array([1, 2**31])}])
+
+
 def test_nan_is_counted_and_never_within_tolerance(reference: Path, tmp_path: Path) -> None:
     broken = candidate_of(tmp_path, "agraph (float[N,4] x) => (float[N,4] y) { y = Sqrt(x) }")
     negative = sum(int((feed["x"] < 0).sum()) for feed in samples(3, 5, 4))

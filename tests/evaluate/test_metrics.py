@@ -87,6 +87,8 @@ def test_more_elements_than_a_piece() -> None:
 def test_nan_and_inf_are_counted_and_leave_no_figure() -> None:
     reference = np.array([1.0, 2.0, np.inf, np.nan, -np.inf, 3.0], np.float32)
     assert error_of(reference, reference).snr == math.inf
+    agreeing = error_of(reference, np.where(np.isfinite(reference), 1.1 * reference, reference))
+    assert agreeing.snr == pytest.approx(20.0, abs=1e-5)  # 1.1 and 10 % in FP32
     candidate = np.array([np.nan, 2.0, np.inf, np.nan, np.inf, np.inf], np.float32)
     found = error_of(reference, candidate)
     assert found.broken == 3

@@ -131,6 +131,8 @@ def test_two_models_are_watched_where_they_share_names(tmp_path: Path) -> None:
     assert found.tensors == ("h", "a", "y", "s")
     assert found.inputs_of == {"h": (), "a": ("h",), "y": ("a",), "s": ("a", "y")}
     assert found.producers["y"].startswith("MatMul")
+    alone = watch(Model.load(changed), Model.load(changed))
+    assert alone.tensors == ("half", "h", "a", "y", "s")  # what only moves values is left out
     back = watch(Model.load(changed), reference)
     assert back.inputs_of["y"] == ("a",)  # through the two transposes, which are not watched
 

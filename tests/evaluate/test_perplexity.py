@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluate_models import write
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from onnxq.errors import OnnxqError
 from onnxq.evaluate.likelihood import score
@@ -33,6 +33,7 @@ def tokenizer(tmp_path: Path) -> Path:
     words = models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="a")
     built = Tokenizer(words)
     built.pre_tokenizer = pre_tokenizers.Whitespace()
+    built.post_processor = processors.TemplateProcessing(single="b $A", special_tokens=[("b", 1)])
     built.enable_truncation(3)  # as in many a tokenizer.json; must not cut the text
     built.enable_padding(length=20)
     built.save(str(tmp_path / "tokenizer.json"))
