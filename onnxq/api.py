@@ -18,14 +18,15 @@ from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
 from onnxq.progress import Progress, silent
-from onnxq.recipe import Recipe, check_calibrator, default_for
+from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
 from onnxq.recipe import load as load_recipe
-from onnxq.recipe import parse_rule
 from onnxq.report import Edit, Report
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
     from onnxq.calibrate.table import CalibrationTable
+    from onnxq.engine.build import BuildResult
+    from onnxq.engine.coverage import Coverage
     from onnxq.evaluate.comparison import Comparison
     from onnxq.evaluate.layers import LayerErrors
     from onnxq.graph.model import Model
@@ -91,6 +92,14 @@ class Quantized(Result):
 
 
 @dataclass
+class Built(Result):
+    """Result of `build`: the engine's description, and what each product became."""
+
+    engine: BuildResult | None = None
+    coverage: Coverage | None = None
+
+
+@dataclass
 class Compared(Result):
     """Result of `compare`."""
 
@@ -110,7 +119,10 @@ def choose_recipe(
     if recipe is None:
         if data_given:
             name = "fp8" if gpu.runs("fp8") else "int8"
-            chosen, reason = load_recipe(name), f"the data calibrates it, and {gpu.name} multiplies {name.upper()}"
+            chosen, reason = (
+                load_recipe(name),
+                f"the data calibrates it, and {gpu.name} multiplies {name.upper()}",
+            )
         else:
             chosen, reason = default_for(gpu)
     else:
@@ -167,7 +179,9 @@ def quantize(
     started = time.monotonic()
     source = Path(model)
     data = calib if isinstance(calib, Data) else Data(path=calib)
-    chosen, reason = choose_recipe(recipe, target, rules, calibrator, data.given or bool(load_calib))
+    chosen, reason = choose_recipe(
+        recipe, target, rules, calibrator, data.given or bool(load_calib)
+    )
     destination = _destination(source, output, chosen.name)
     _refuse_missing_data(chosen, data, load_calib)
     report = Report(f"recipe {chosen.name}: {reason}")
@@ -184,7 +198,9 @@ def quantize(
     if table is not None and save_calib is not None:
         table.save(Path(save_calib))
     ranges = activation_ranges(placement, table) if table is not None else None
-    report.extend(_convert(graph, placement, precision, io, table, samples, memory, device, progress))
+    report.extend(
+        _convert(graph, placement, precision, io, table, samples, memory, device, progress)
+    )
     report.extend(apply_placement(graph, placement, ranges, progress))
     _stamp(graph, chosen, target, precision, table)
     written = save(graph, destination, progress=progress)
@@ -250,6 +266,57 @@ def inspect(
     return Quantized(report, True, (), placement)
 
 
+def build(
+    model: PathLike,
+    output: PathLike | None = None,
+    *,
+    target: str = DEFAULT_TARGET,
+    shapes: Sequence[str] = (),
+    backend: str | None = None,
+    strict: bool = False,
+    progress: Progress = silent,
+) -> Built:
+    """Compile a model into a TensorRT engine, and read what became of each product.
+
+    Args:
+        output: default: beside the model, `<name>.plan`. The sidecar `<output>.json` is written too.
+        target: compute capability, or several joined by commas (not for the backend `tensorrt`).
+        shapes: `NAME:MIN[,OPT,MAX]`, once per dynamic input.
+        strict: `passed` is False unless every quantized product runs in its format.
+    """
+    from onnxq.engine.build import build as compile_engine
+    from onnxq.engine.coverage import cover
+    from onnxq.engine.expected import expected_products
+    from onnxq.graph.model import Model
+    from onnxq.graph.prepare import infer_types
+
+    source = Path(model)
+    graph = Model.load(source)
+    infer_types(graph)
+    destination = Path(output) if output else source.with_suffix(".plan")
+    built = compile_engine(
+        source, destination, target=target, shapes=tuple(shapes), backend=backend, progress=progress
+    )
+    coverage = cover(built.layers, expected_products(graph), built.profiles)
+    report = Report(f"{source.name} compiled for {target}")
+    report.facts.update(
+        engine=destination,
+        engine_bytes=built.engine_bytes,
+        versions=built.versions,
+        targets=built.targets,
+        seconds=round(built.parse_seconds + built.compile_seconds, 1),
+        layers=len(built.layers),
+        products=coverage.counts(),
+        weight_bytes=dict(coverage.weight_bytes),
+        missed=[
+            {"node": m.node.name, "wanted": m.node.wanted, "ran": m.ran, "reason": m.reason}
+            for m in coverage.missed
+        ],
+        warnings=list(built.warnings),
+    )
+    return Built(report, coverage.complete or not strict, built, coverage)
+
+
 def compare(
     model: PathLike,
     candidate: PathLike,
@@ -280,7 +347,8 @@ def compare(
     given = data if isinstance(data, Data) else Data(path=data)
     if not given.given:
         raise OnnxqError(
-            "compare needs data", "give --data heldout.npz, --text with --tokenizer, or --random-data"
+            "compare needs data",
+            "give --data heldout.npz, --text with --tokenizer, or --random-data",
         )
     graph = Model.load(reference)
     samples = _open(graph, given, progress)
@@ -338,8 +406,13 @@ def _open(graph: Model, data: Data, progress: Progress) -> Samples:
             raise OnnxqError("text needs its tokenizer", "give --tokenizer tokenizer.json")
         count = {} if data.samples is None else {"samples": data.samples}
         return text_samples(
-            Path(data.text), Path(data.tokenizer), inputs, seq_len=data.seq_len, batch=data.batch,
-            progress=progress, **count,
+            Path(data.text),
+            Path(data.tokenizer),
+            inputs,
+            seq_len=data.seq_len,
+            batch=data.batch,
+            progress=progress,
+            **count,
         )
     if data.path is not None:
         return open_samples(data.path, inputs, batch=data.batch, progress=progress)
@@ -369,8 +442,13 @@ def _calibration(
     if not tables:
         assert samples is not None
         return calibrate(
-            graph.session_model, watched, samples, fingerprint=graph.fingerprint, memory=memory,
-            device=device, progress=progress,
+            graph.session_model,
+            watched,
+            samples,
+            fingerprint=graph.fingerprint,
+            memory=memory,
+            device=device,
+            progress=progress,
         )
     table = load_table(Path(tables[0]), graph.fingerprint)
     for path in tables[1:]:
@@ -404,7 +482,11 @@ def _convert(
     if samples is not None and precision == "fp16":
         names = [t.name for n in graph.graph.nodes for t in n.outputs if t.name and is_fp32(t)]
         ranges = ranges_of_all(
-            graph.session_model, names, samples.largest(), memory=memory, device=device,
+            graph.session_model,
+            names,
+            samples.largest(),
+            memory=memory,
+            device=device,
             progress=progress,
         )
     if table is not None:
@@ -414,14 +496,12 @@ def _convert(
     return apply_precision(graph, plan, convert_io=io == "fp16")
 
 
-def _fp16_conversion(
-    source: Path, folder: Path, samples: Samples, device: Device
-) -> Path | None:
+def _fp16_conversion(source: Path, folder: Path, samples: Samples, device: Device) -> Path | None:
     """The model in FP16 and nothing else, or None where it is in 16 bits already."""
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import prepare
     from onnxq.graph.save import save
-    from onnxq.placement import Placement, find_sites, Decision
+    from onnxq.placement import Decision, Placement, find_sites
 
     graph, _ = prepare(Model.load(source), 19)
     sites = tuple(Decision(s, False, "") for s in find_sites(graph))
@@ -444,8 +524,13 @@ def _per_layer(
     shared = [name for name in float_tensors(first) if name in theirs]
     producers = {t.name: label(n) for n in first.graph.nodes for t in n.outputs}
     return per_layer(
-        first.session_model, second.session_model, shared, samples,
-        producers=producers, device=device, progress=progress,
+        first.session_model,
+        second.session_model,
+        shared,
+        samples,
+        producers=producers,
+        device=device,
+        progress=progress,
     )
 
 
@@ -488,4 +573,14 @@ def _size(source: Path, graph: Model) -> int:
     return source.stat().st_size + outside
 
 
-__all__ = ["Compared", "Data", "Quantized", "Result", "compare", "inspect", "quantize"]
+__all__ = [
+    "Built",
+    "Compared",
+    "Data",
+    "Quantized",
+    "Result",
+    "build",
+    "compare",
+    "inspect",
+    "quantize",
+]

@@ -6,6 +6,7 @@ reciprocal instead changes codes at ties.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,18 +53,20 @@ def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> Float
     return np.asarray(scale)
 
 
-def split_scale(scale: FloatArray, dtype: npt.DTypeLike) -> tuple[FloatArray, FloatArray]:
-    """Factor a vector of scales into one scale and a vector of ratios to it, both in `dtype`.
+def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArray:
+    """One scale in `dtype` for several weights: the geometric mean, at least the least normal."""
+    mean = np.exp(np.log(np.concatenate([np.ravel(s) for s in scales]).astype(np.float64)).mean())
+    return np.maximum(mean, float(_finfo(dtype).smallest_normal)).astype(dtype)
 
-    The common scale is the geometric mean, but never below the smallest normal number; the ratios
-    are taken to its rounded value. Their product, in float32, is what codes must be made with.
+
+def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
+    """What remains of `scale` beside `common`, in the type of `common`.
+
+    The product of both, in float32, is what codes must be made with. A channel 2^14 times smaller
+    than most needs no digits of its own, but its ratio must not become 0.
     """
-    wide = scale.astype(np.float64)
-    mean = np.exp(np.log(wide).mean())
-    common = np.maximum(mean, float(_finfo(dtype).smallest_normal)).astype(dtype)
-    # A channel 2^14 times smaller than most needs no digits of its own, but must not become 0.
-    ratios = np.maximum(wide / common.astype(np.float64), float(_finfo(dtype).smallest_normal))
-    return np.asarray(common), ratios.astype(dtype)
+    ratios = scale.astype(np.float64) / np.float64(common)
+    return np.maximum(ratios, float(_finfo(common.dtype).smallest_normal)).astype(common.dtype)
 
 
 def quantize(
@@ -88,9 +91,7 @@ def dequantize(
     codes: FloatArray, scale: FloatArray, axis: int | None = None
 ) -> npt.NDArray[np.float32]:
     """Values that codes stand for: codes x scale in float32 (ONNX DequantizeLinear)."""
-    return np.asarray(
-        codes.astype(np.float32) * _along(scale, codes.ndim, axis), dtype=np.float32
-    )
+    return np.asarray(codes.astype(np.float32) * _along(scale, codes.ndim, axis), dtype=np.float32)
 
 
 def _along(scale: FloatArray, rank: int, axis: int | None) -> FloatArray:

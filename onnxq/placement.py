@@ -123,8 +123,16 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
 
 def _refuse_quantized(model: Model) -> None:
     for node in model.graph.nodes:
-        if node.op in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearMatMul",
-                       "QLinearConv", "MatMulInteger", "ConvInteger", "MatMulNBits"):
+        if node.op in (
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "DynamicQuantizeLinear",
+            "QLinearMatMul",
+            "QLinearConv",
+            "MatMulInteger",
+            "ConvInteger",
+            "MatMulNBits",
+        ):
             raise OnnxqError(
                 f"{model.path} is quantized already ({node.op} {label(node)!r})",
                 "start from the full-precision model",
@@ -173,8 +181,10 @@ def _decide(site: Site, context: _Context) -> Decision:
     if site.kind == "attention":
         return Decision(site, True, f"{recipe.activations} q, k, v and softmax ({how})")
     return Decision(
-        site, True, f"{recipe.weights} weights per {recipe.weight_granularity}, "
-        f"{recipe.activations} activations ({how})"
+        site,
+        True,
+        f"{recipe.weights} weights per {recipe.weight_granularity}, "
+        f"{recipe.activations} activations ({how})",
     )
 
 
@@ -184,8 +194,11 @@ def _not_a_candidate(site: Site, context: _Context) -> str:
     if site.kind == "product":
         return "both operands are computed, and it is no attention"
     if site.node.op not in context.recipe.ops:
-        return f"{site.node.op} is left: no fast 8-bit kernel" if site.node.op == "ConvTranspose" \
+        return (
+            f"{site.node.op} is left: no fast 8-bit kernel"
+            if site.node.op == "ConvTranspose"
             else f"the recipe leaves {site.node.op}"
+        )
     return ""
 
 
@@ -194,7 +207,9 @@ def _odd_operands(site: Site, context: _Context) -> str:
     if site.kind == "attention":
         return ""
     if operand is None:
-        return "its weight is computed" if site.kind == "conv" else "its weight is the first operand"
+        return (
+            "its weight is computed" if site.kind == "conv" else "its weight is the first operand"
+        )
     if site.kind == "linear" and len(operand.shape) != 2:
         return f"its weight has {len(operand.shape)} dimensions, not 2"
     if node.attrs.get("transA", 0):
@@ -260,8 +275,22 @@ _RULES: tuple[Callable[[Site, _Context], str], ...] = (
 )
 """Each names the reason to leave a site, or ''; the first reason stands."""
 
-_TO_OUTPUT = ("Cast", "Add", "Identity", "Reshape", "Squeeze", "Softmax", "Sigmoid", "LogSoftmax",
-              "Transpose", "Mul", "Div", "Slice", "Tanh", "Clip")
+_TO_OUTPUT = (
+    "Cast",
+    "Add",
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "Softmax",
+    "Sigmoid",
+    "LogSoftmax",
+    "Transpose",
+    "Mul",
+    "Div",
+    "Slice",
+    "Tanh",
+    "Clip",
+)
 
 
 def _heads(model: Model) -> frozenset[int]:
@@ -299,7 +328,14 @@ def _first_convs(model: Model) -> frozenset[int]:
         if node.op == "Conv":
             tensor = node.inputs[0]
             source = producer(tensor)
-            while source is not None and source.op in ("Cast", "Sub", "Div", "Mul", "Add", "Transpose"):
+            while source is not None and source.op in (
+                "Cast",
+                "Sub",
+                "Div",
+                "Mul",
+                "Add",
+                "Transpose",
+            ):
                 tensor = source.inputs[0]
                 source = producer(tensor)
             if id(tensor) in inputs:

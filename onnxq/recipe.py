@@ -99,12 +99,15 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
         OnnxqError: an unknown field or value, naming it and what is allowed.
     """
     if not isinstance(content, Mapping):
-        raise OnnxqError(f"recipe {source}: not a mapping of fields", "see the presets for the form")
+        raise OnnxqError(
+            f"recipe {source}: not a mapping of fields", "see the presets for the form"
+        )
     known = {f.name for f in fields(Recipe)}
     unknown = sorted(set(map(str, content)) - known)
     if unknown:
         raise OnnxqError(
-            f"recipe {source}: unknown field {unknown[0]!r}", f"fields are: {', '.join(sorted(known))}"
+            f"recipe {source}: unknown field {unknown[0]!r}",
+            f"fields are: {', '.join(sorted(known))}",
         )
     values = {"name": Path(source).stem, **content}
     values["rules"] = tuple(_rule(r, source) for r in values.get("rules") or ())
@@ -184,7 +187,9 @@ def presets() -> dict[str, Recipe]:
     found = {}
     for entry in sorted(resources.files("onnxq.recipes").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
-            found[entry.name[:-5]] = from_dict(_yaml(entry.read_text("utf-8"), entry.name), entry.name)
+            found[entry.name[:-5]] = from_dict(
+                _yaml(entry.read_text("utf-8"), entry.name), entry.name
+            )
     return found
 
 

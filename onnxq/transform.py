@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq import numerics
 from onnxq.algorithms import rtn
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.errors import OnnxqError
@@ -15,9 +16,9 @@ from onnxq.formats import quant_format
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit import Emitter
 from onnxq.graph.model import Model
-from onnxq.graph.query import Attention
+from onnxq.graph.query import Attention, ConstantOperand
 from onnxq.graph.weights import array, numpy_dtype
-from onnxq.placement import Placement, Site
+from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
@@ -70,46 +71,76 @@ def apply_placement(
     editor = Editor(model)
     emitter = Emitter(editor, quant_format(placement.recipe.weights))
     edits = []
-    quantized = placement.quantized
-    for done, decision in enumerate(quantized):
+    done, total = 0, len(placement.quantized)
+    for group in _groups(placement):
         try:
-            _quantize_site(emitter, decision.site, placement.recipe, ranges)
+            _quantize_group(emitter, group, placement.recipe, ranges)
         except ValueError as error:
+            names = ", ".join(repr(d.site.name) for d in group)
             raise OnnxqError(
-                f"{decision.site.name!r} cannot be quantized: {error}",
+                f"{names} cannot be quantized: {error}",
                 "leave it with a rule: --rule 'leave node=...'",
             ) from error
-        edits.append(Edit("emit", "quantize", decision.site.name, decision.reason))
-        progress("quantizing", done + 1, len(quantized))
+        edits += [Edit("emit", "quantize", d.site.name, d.reason) for d in group]
+        done += len(group)
+        progress("quantizing", done, total)
     edits += [Edit("emit", "leave", d.site.name, d.reason) for d in placement.left]
     editor.finish()
     return edits
 
 
-def _quantize_site(
-    emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges | None
+def _groups(placement: Placement) -> list[list[Decision]]:
+    """Quantized sites, those that read one tensor together (q, k, v), in graph order."""
+    groups: dict[tuple[int, str], list[Decision]] = {}
+    for decision in placement.quantized:
+        site = decision.site
+        groups.setdefault((id(site.node.inputs[0]), site.kind), []).append(decision)
+    return list(groups.values())
+
+
+def _quantize_group(
+    emitter: Emitter, group: list[Decision], recipe: Recipe, ranges: Ranges | None
 ) -> None:
-    if site.attention is not None:
+    sites = [d.site for d in group]
+    if sites[0].attention is not None:
         assert ranges is not None
-        _quantize_attention(emitter, site.attention, ranges)
+        for site in sites:
+            assert site.attention is not None
+            _quantize_attention(emitter, site.attention, ranges)
         return
-    node, operand = site.node, site.operand
-    assert operand is not None
-    axis = None if recipe.weight_granularity == "tensor" else output_axis(site)
-    dtype = _site_dtype(node)
-    # A split scale lives in two 16-bit numbers; alone it must fit one.
-    scale_dtype = dtype if axis is None else np.dtype(np.float32)
-    scale = rtn.scales(operand.load(), emitter.fmt, axis, scale_dtype)
-    node.inputs[1], ratio = emitter.weight(operand, axis, scale, dtype, node)
+    dtype = _site_dtype(sites[0].node)
+    axes = [None if recipe.weight_granularity == "tensor" else output_axis(s) for s in sites]
+    # A common scale and its ratios are two 16-bit numbers; a scale that stands alone must fit one.
+    shared = dtype.itemsize == 2
+    scales = [
+        rtn.scales(_operand(s).load(), emitter.fmt, axis, np.float32 if shared else dtype)
+        for s, axis in zip(sites, axes, strict=True)
+    ]
+    common = numerics.common_scale(scales, dtype) if shared else None
+    for site, axis, scale in zip(sites, axes, scales, strict=True):
+        weight, ratio = emitter.weight(_operand(site), axis, scale, common, site.node)
+        _quantize_product(emitter, site, weight, ratio, ranges)
+
+
+def _quantize_product(
+    emitter: Emitter, site: Site, weight: gs.Tensor, ratio: gs.Tensor | None, ranges: Ranges | None
+) -> None:
+    node, rank = site.node, len(_operand(site).shape)
     factors = [] if ratio is None else [ratio]
     if ranges is not None:
         node.inputs[0] = emitter.static(node.inputs[0], ranges[id(node), 0], node)
     else:
-        axes = [-1] if site.kind == "linear" else list(range(1, len(operand.shape)))
+        axes = [-1] if site.kind == "linear" else list(range(1, rank))
         node.inputs[0], peak = emitter.dynamic(node.inputs[0], axes, node)
         factors.append(peak)
-    bias = _take_bias(emitter.editor, site, len(operand.shape)) if factors else None
+    node.inputs[1] = weight
+    bias = _take_bias(emitter.editor, site, rank) if factors else None
     emitter.finish_product(node, factors, bias)
+
+
+def _operand(site: Site) -> ConstantOperand:
+    assert site.operand is not None  # placement quantizes nothing else but attentions
+    return site.operand
 
 
 def output_axis(site: Site) -> int:
@@ -132,13 +163,18 @@ def _take_bias(editor: Editor, site: Site, rank: int) -> gs.Tensor | None:
     if isinstance(bias, gs.Constant):
         return editor.constant(f"{bias.name}_column", array(bias).reshape(shape))
     target = editor.constant(f"{bias.name}_shape", shape)
-    return editor.node("Reshape", f"{bias.name}_Reshape", [bias, target], f"{bias.name}_column",
-                       bias.dtype, None, like=node)
+    return editor.node(
+        "Reshape",
+        f"{bias.name}_Reshape",
+        [bias, target],
+        f"{bias.name}_column",
+        bias.dtype,
+        None,
+        like=node,
+    )
 
 
-def _quantize_attention(
-    emitter: Emitter, attention: Attention, ranges: Ranges
-) -> None:
+def _quantize_attention(emitter: Emitter, attention: Attention, ranges: Ranges) -> None:
     """Q/DQ right at q, k, v and the probabilities: all four, or TensorRT fuses none."""
     scores, values = attention.scores, attention.values
     for node, index in ((scores, 0), (scores, 1), (values, 1)):

@@ -34,6 +34,7 @@ _SHIFT = 23 - TOP_BITS  # FP32 has 23 mantissa bits
 _WINDOW = OCTAVES << TOP_BITS
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _CHUNK = 1 << 18  # values counted at a time: 3 MB of scratch, which stays in the cache
+_FEW = 1 << 16  # fewer values than fine bins: look each one's bin up, do not sum the fine bins
 
 
 def _layout() -> NDArray[np.int64]:
@@ -48,6 +49,7 @@ def _layout() -> NDArray[np.int64]:
 
 _STARTS = _layout()
 BINS = _STARTS.size
+_BIN_OF_FINE = np.searchsorted(_STARTS + 1, np.arange(_WINDOW + 1), side="right") - 1
 
 
 @dataclass
@@ -72,9 +74,12 @@ class MagnitudeBins:
         self._raise_to(int(fine.max()) >> TOP_BITS)
         below = _first(self.top) - 1  # the bin of all that is too small, which becomes number 0
         np.maximum(fine, np.uint32(below), out=fine)
-        index = np.subtract(fine, np.uint32(below), dtype=np.int64, casting="unsafe")
-        found = np.bincount(index, minlength=_WINDOW + 1)
-        self.counts += np.add.reduceat(found, _STARTS + 1)
+        np.subtract(fine, np.uint32(below), out=fine)
+        if fine.size < _FEW:
+            self.counts += np.bincount(_BIN_OF_FINE[fine], minlength=BINS)
+        else:
+            found = np.bincount(fine, minlength=_WINDOW + 1)
+            self.counts += np.add.reduceat(found, _STARTS + 1)
 
     def merge(self, other: MagnitudeBins) -> None:
         """Add the counts of another histogram."""

@@ -27,6 +27,7 @@ DEFAULT_PERCENTILE = 99.99
 # worse than some of these unless fewer than 1 in 2^16 values carry the maximum's whole energy.
 _MSE_STEPS_PER_OCTAVE = 64
 _MSE_OCTAVES = 8
+_CLIPS_AT_ONCE = 512  # entropy's work space: 0.5 MB an array
 
 
 def levels(name: str) -> Floats:
@@ -37,14 +38,14 @@ def levels(name: str) -> Floats:
     """
     if name == "int8":
         return np.arange(128) / 127.0  # symmetric: -127 ... 127
-    if name == "fp8_e4m3":
+    if name == "fp8":
         # 4 exponent bits (bias 7), 3 mantissa bits; the last code is NaN: 127 values up to 448.
         code = np.arange(127)
         exponent, mantissa = code >> 3, code & 7
         normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
         return np.where(exponent > 0, normal, np.ldexp(mantissa / 8.0, -6)) / 448.0
     raise OnnxqError(
-        f"there is no clipping range for the format {name!r}", "choose among int8, fp8_e4m3"
+        f"there is no clipping range for the format {name!r}", "choose among int8, fp8"
     )
 
 
@@ -100,21 +101,18 @@ def entropy(bins: MagnitudeBins, amax: float, grid: Floats) -> float:
     Szymon Migacz, "8-bit Inference with TensorRT" (GTC 2017): P is the histogram up to the clip
     with all that lies above it added to its last bin; Q spreads what falls to each code evenly
     over the bins of that code which hold anything; take the clip of least sum P log(P / Q). Here
-    over 2048 to 4096 bins of one width, every clip from one bin per code up.
+    over 2048 to 4096 bins of one width, every clip from one bin per code up. Zeros are left out:
+    every clip keeps them exactly, and half a ReLU's values would otherwise drown the rest.
 
-    Returns the clip's bin's upper edge.
+    Returns the upper edge of the clip's last bin.
     """
     counts = _uniform(bins, amax)
-    sums = _Cumulated(counts)
-    total = float(counts.sum())
-    best, best_divergence = counts.size, np.inf
-    for clip in range(min(grid.size, counts.size), counts.size + 1):
-        if counts[clip - 1] == 0 and clip < counts.size:
-            continue  # P's last bin would hold the clipped values and Q's nothing: infinite
-        divergence = sums.divergence(clip, grid, total)
-        if divergence <= best_divergence:  # of equals the widest
-            best, best_divergence = clip, divergence
-    return best * _width(bins)
+    # Where the last bin is empty, P would hold the clipped values there and Q nothing: infinite.
+    clips = np.flatnonzero(counts) + 1
+    clips = clips[clips >= min(grid.size, counts.size)]
+    divergences = _divergences(counts, clips, grid)
+    widest = np.flatnonzero(divergences == divergences.min())[-1]
+    return float(clips[widest]) * _width(bins)
 
 
 def _width(bins: MagnitudeBins) -> float:
@@ -124,43 +122,44 @@ def _width(bins: MagnitudeBins) -> float:
 
 
 def _uniform(bins: MagnitudeBins, amax: float) -> NDArray[np.int64]:
-    """Counts in bins of the top octave's width over [0, amax]: 2048 to 4096 of them."""
+    """Counts, without the zeros', in bins of the top octave's width over [0, amax]."""
     width = _width(bins)
     index = (bins.edges()[:-1] / width).astype(np.int64)
-    count = min(int(amax / width) + 1, 2 << TOP_BITS)
     result = np.zeros(2 << TOP_BITS, np.int64)
-    np.add.at(result, index, bins.counts)
-    return result[:count]
+    np.add.at(result, index[1:], bins.counts[1:])
+    return result[: int(amax / width) + 1]
 
 
-class _Cumulated:
-    """Running sums over uniform bins, so that a clip costs one look-up per code, not per bin."""
+def _divergences(counts: NDArray[np.int64], clips: NDArray[np.int64], grid: Floats) -> Floats:
+    """KL(P || Q) in nats of each clip [clips], given in bins; see `entropy` for P and Q.
 
-    def __init__(self, counts: NDArray[np.int64]) -> None:
-        mass = counts.astype(np.float64)
-        self.counts = mass
-        self.mass = np.concatenate([[0.0], np.cumsum(mass)])
-        self.used = np.concatenate([[0], np.cumsum(counts > 0)])
-        self.logs = np.concatenate([[0.0], np.cumsum(mass * np.log(np.maximum(mass, 1.0)))])
+    With P = p / N and Q = M_c / (u_c K) for a code's mass M_c over u_c used bins and K all mass
+    below the clip, sum P log(P / Q) = (sum p log p - sum_c M_c log(M_c / u_c)) / N - log(N / K).
+    The sums over bins are differences of running sums, so a clip costs a look-up per code.
+    """
+    total = float(counts.sum())
+    mass = counts.astype(np.float64)
+    all_mass, all_used, all_logs = (
+        np.concatenate([[0.0], np.cumsum(part)])
+        for part in (mass, (counts > 0).astype(np.float64), _x_log_x(mass))
+    )
+    middles = (grid[1:] + grid[:-1]) / 2.0
+    result = []
+    for part in np.array_split(clips, max(1, clips.size // _CLIPS_AT_ONCE)):
+        inner = np.rint(part[:, None] * middles).astype(np.int64)
+        bounds = np.concatenate([np.zeros_like(part)[:, None], inner, part[:, None]], axis=1)
+        m, used = np.diff(all_mass[bounds], axis=1), np.diff(all_used[bounds], axis=1)
+        codes = (_x_log_x(m) - m * np.log(np.maximum(used, 1.0))).sum(axis=1)
+        last, kept = mass[part - 1], all_mass[part]
+        moved = total - kept  # what is clipped counts as the last bin's
+        own = all_logs[part] - _x_log_x(last) + _x_log_x(last + moved)
+        codes += moved * np.log(m[:, -1] / used[:, -1])
+        result.append((own - codes) / total - np.log(total / kept))
+    return np.concatenate(result)
 
-    def divergence(self, clip: int, grid: Floats, total: float) -> float:
-        """KL(P || Q) in nats when clipped after `clip` bins; see `entropy` for P and Q."""
-        middles = (grid[1:] + grid[:-1]) / 2.0 * clip
-        bounds = np.concatenate([[0], np.rint(middles).astype(np.int64), [clip]])
-        mass = np.diff(self.mass[bounds])
-        used = np.diff(self.used[bounds])
-        kept = float(self.mass[clip])
-        filled = mass > 0
-        # Over the bins of one code sum p log(p / q) = sum p log p - M log(M / used).
-        own = float(self.logs[clip])
-        codes = float(np.sum(mass[filled] * np.log(mass[filled] / used[filled])))
-        last = float(self.counts[clip - 1])
-        moved = total - kept
-        level = mass[filled][-1] / used[filled][-1] if kept else 1.0
-        own += (last + moved) * np.log(max(last + moved, 1.0)) - last * np.log(max(last, 1.0))
-        codes += moved * np.log(level)
-        # P is over `total`, Q over `kept`: sum p/total log((p/total) / (q/kept)).
-        return float((own - codes) / total - np.log(total / max(kept, 1.0)))
+
+def _x_log_x(x: Floats) -> Floats:
+    return np.asarray(x * np.log(np.maximum(x, 1.0)))  # x is 0 or a count
 
 
 def mse(bins: MagnitudeBins, amax: float, grid: Floats) -> float:

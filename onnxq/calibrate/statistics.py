@@ -13,6 +13,7 @@ numbers are all it holds. It is asked for by name, several joined by "+":
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -198,7 +199,7 @@ def finite_extremes(values: Array) -> tuple[float, float]:
     if not values.size:
         return np.inf, -np.inf
     low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise NotFiniteError(_not_finite(values))
     return low, high
 

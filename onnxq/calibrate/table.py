@@ -54,7 +54,7 @@ class CalibrationTable:
 
         Args:
             method: max, percentile, percentile:99.9, entropy or mse.
-            format_name: int8 or fp8_e4m3: whose codes entropy and mse choose for.
+            format_name: int8 or fp8: whose codes entropy and mse choose for.
 
         Raises:
             OnnxqError: the tensor was not calibrated, or not with what the method needs.

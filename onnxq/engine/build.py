@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxq
 from onnxq import files
+from onnxq.engine import commands
 from onnxq.engine.backends import Backend, choose, parse_targets
-from onnxq.engine.compiler import Outcome, Request
+from onnxq.engine.child import compile_all
+from onnxq.engine.coverage import Coverage, WeightedNode, cover, weight_bytes
 from onnxq.engine.layers import EngineLayer
+from onnxq.engine.protocol import Outcome, Request
 from onnxq.engine.shapes import EngineInput, Profile, parse_shapes
-from onnxq.engine.worker import read_profiles
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.progress import Progress, silent
@@ -33,9 +27,10 @@ Shapes = Sequence[str] | Sequence[Sequence[str]] | Sequence[Profile]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A compiled engine: what it was made from and for, and its layers.
+    """A compiled engine: what it was made from and for, its layers, and how the nodes fared.
 
-    `engine` is None when nothing was written. `targets` is empty for the GPU at hand.
+    `engine` is None when nothing was written. `targets` is empty for the GPU at hand. Sizes are
+    in bytes, times in seconds. `model_sha256` covers the model file, not its external data.
     """
 
     engine: Path | None
@@ -52,6 +47,15 @@ class BuildResult:
     compile_seconds: float
     warnings: tuple[str, ...]
     layers: tuple[EngineLayer, ...]
+    coverage: Coverage
+
+    def commands(self) -> list[str]:
+        """Command lines that build and check the same engine on the machine with the GPU."""
+        engine = self.engine or self.model.with_suffix(".plan")
+        lines = commands.trtexec_commands(self.model, engine, self.profiles)
+        lines.append(commands.polygraphy_convert(self.model, engine, self.profiles))
+        lines.append(commands.polygraphy_run(self.model, self.profiles))
+        return lines
 
 
 def build(
@@ -60,60 +64,67 @@ def build(
     *,
     target: str = DEFAULT_TARGET,
     shapes: Shapes = (),
+    nodes: Iterable[WeightedNode] = (),
     backend: str | None = None,
     memory_limit: int | None = None,
     workspace: int | None = None,
     progress: Progress = silent,
 ) -> BuildResult:
-    """Compile `model` for `target` and write the engine and its sidecar `<output>.json`.
+    """Compile `model` for `target`; write the engine and its sidecar `<output>.json`.
 
     Args:
-        target: one name or several joined by commas (`sm89,sm120`): one engine for all of them.
+        output: the engine to write; None compiles and writes nothing.
+        target: one name, or several joined by commas (`sm89,sm120`): one engine for all of them.
             Backend `tensorrt` compiles for the GPU at hand and does not look at it.
         shapes: `NAME:MIN[,OPT,MAX]` texts, or several lists of them (one profile a list), or
             profiles.
+        nodes: the multiplications of the model and what each is meant to run in, for coverage.
+        backend: `tensorrt_rtx` or `tensorrt`; by default the first that is installed.
         memory_limit: bytes of memory the compile may take; None for no limit.
-        workspace: bytes of GPU memory one layer may use while it runs.
+        workspace: bytes of GPU memory one layer may use while it runs; None for no limit.
 
     Raises:
-        OnnxqError: the model cannot be imported or compiled; nothing is written then.
+        OnnxqError: the model cannot be imported or compiled, or its layers cannot be read;
+            nothing is written then, and an existing `output` is as it was.
     """
     chosen = choose(backend)
     targets = tuple(entry.name for entry in parse_targets(target, chosen))
-    profiles = read_shapes(shapes)
     if not model.is_file():
         raise OnnxqError(f"no such model file: {model}")
+    plain = Request(str(model.resolve()), None, targets, read_shapes(shapes), workspace)
 
-    def request(engine: Path | None) -> Request:
-        return Request(
-            str(model.resolve()), str(engine) if engine else None, targets, profiles, workspace
-        )
+    def run(engine: Path | None) -> BuildResult:
+        request = dataclasses.replace(plain, engine=str(engine.resolve()) if engine else None)
+        answer = compile_all([request], chosen, memory_limit=memory_limit, progress=progress)[0]
+        if isinstance(answer, OnnxqError):
+            raise answer
+        return _result(model, output, chosen, targets, answer, nodes)
 
     if output is None:
-        answer = run_worker([request(None)], chosen, memory_limit, progress)[0]
-        return _result(model, None, chosen, targets, answer)
+        return run(None)
+    if output.resolve() == model.resolve():
+        raise OnnxqError(f"the engine would overwrite its model: {model}")
     sidecar = output.with_name(output.name + ".json")
     with files.replacing(output, sidecar) as (engine_path, sidecar_path):
-        answer = run_worker([request(engine_path.resolve())], chosen, memory_limit, progress)[0]
-        result = _result(model, output, chosen, targets, answer)
+        result = run(engine_path)
         sidecar_path.write_text(json.dumps(describe(result), indent=2) + "\n")
     return result
 
 
 def read_shapes(shapes: Shapes) -> tuple[Profile, ...]:
-    """The `shapes` argument of `build` as profiles."""
-    if not shapes:
-        return ()
-    if all(isinstance(entry, str) for entry in shapes):
-        return (parse_shapes(shapes),)  # type: ignore[arg-type]
-    return tuple(
-        parse_shapes(entry) if all(isinstance(x, str) for x in entry) else tuple(entry)  # type: ignore
-        for entry in shapes
-    )
+    """The `shapes` argument of `build` as profiles: none, one, or one for each list."""
+    texts = [entry for entry in shapes if isinstance(entry, str)]
+    if texts:
+        if len(texts) < len(shapes):
+            raise OnnxqError(
+                "shapes mix texts and lists", "give one list of texts, or a list of such lists"
+            )
+        return (parse_shapes(texts),)
+    return tuple(_read_profile(entry) for entry in shapes if not isinstance(entry, str))
 
 
 def describe(result: BuildResult) -> dict[str, Any]:
-    """The sidecar's content."""
+    """The sidecar's content: what the engine is, made from what, for what, and how it fared."""
     return {
         "versions": result.versions,
         "backend": result.backend,
@@ -124,113 +135,19 @@ def describe(result: BuildResult) -> dict[str, Any]:
         "inputs": [dataclasses.asdict(entry) for entry in result.inputs],
         "outputs": [dataclasses.asdict(entry) for entry in result.outputs],
         "engine_bytes": result.engine_bytes,
+        "weight_bytes": weight_bytes(result.layers),
         "parse_seconds": result.parse_seconds,
         "compile_seconds": result.compile_seconds,
         "layers": len(result.layers),
+        "coverage": result.coverage.to_json(),
         "warnings": list(result.warnings),
+        "commands": result.commands(),
     }
 
 
-def run_worker(
-    requests: Sequence[Request], backend: Backend, memory_limit: int | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """Compile every request in one child process; one answer each, `outcome` or `error`.
-
-    Raises:
-        OnnxqError: the child died before it could answer.
-    """
-    with tempfile.TemporaryDirectory(prefix="onnxq-build-") as folder:
-        questions, answers = Path(folder, "requests.json"), Path(folder, "results.jsonl")
-        errors = Path(folder, "stderr.txt")
-        questions.write_text(
-            json.dumps(
-                {
-                    "backend": backend.name,
-                    "memory_limit": memory_limit,
-                    "requests": [dataclasses.asdict(entry) for entry in requests],
-                }
-            )
-        )
-        with errors.open("wb") as stream:
-            child = _start(questions, answers, stream)
-            try:
-                code = _watch(child, progress)
-            finally:
-                _end(child)
-        said = answers.read_text().splitlines() if answers.exists() else []
-        if code != 0 or len(said) < len(requests):
-            raise _death(code, errors.read_text(errors="replace"), requests[len(said) :])
-        return [json.loads(line) for line in said]
-
-
-def _start(questions: Path, answers: Path, errors: Any) -> subprocess.Popen[str]:
-    environment = dict(os.environ)
-    source = str(Path(onnxq.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [source, *filter(None, [environment.get("PYTHONPATH")])]
-    )
-    # A session of its own: Ctrl-C reaches this process alone, which then ends the child.
-    return subprocess.Popen(
-        [sys.executable, "-m", "onnxq.engine.worker", str(questions), str(answers)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def _watch(child: subprocess.Popen[str], progress: Progress) -> int:
-    """Report stages, and every half second the seconds spent in one, until the child ends."""
-    words: queue.Queue[str | None] = queue.Queue()
-    assert child.stdout is not None
-    stream = child.stdout
-
-    def read() -> None:
-        for line in stream:
-            words.put(line.strip())
-        words.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    stage, since = "start the compiler", time.monotonic()
-    while True:
-        progress(stage, int(time.monotonic() - since), 0)
-        try:
-            word = words.get(timeout=0.5)
-        except queue.Empty:
-            continue
-        if word is None:
-            return child.wait()
-        stage, since = word, time.monotonic()
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        child.kill()
-        child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            stream.close()
-
-
-def _death(code: int, errors: str, unanswered: Sequence[Request]) -> OnnxqError:
-    lines = [line for line in errors.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    name = unanswered[0].model if unanswered else "the model"
-    if "MemoryError" in errors or "bad_alloc" in errors:
-        return OnnxqError(f"compiling {name} ran out of memory", "raise the memory limit")
-    if code == -signal.SIGKILL:
-        return OnnxqError(
-            f"compiling {name} was killed, most likely for memory",
-            "free memory, use smaller maximum shapes, or compile on a larger machine",
-        )
-    if code < 0:
-        return OnnxqError(
-            f"the compiler crashed on {name} ({signal.Signals(-code).name})",
-            last,
-        )
-    return OnnxqError(f"the compile of {name} ended without an answer (exit {code})", last)
+def _read_profile(entry: Sequence[str] | Profile) -> Profile:
+    texts = [part for part in entry if isinstance(part, str)]
+    return parse_shapes(texts) + tuple(part for part in entry if not isinstance(part, str))
 
 
 def _result(
@@ -238,16 +155,17 @@ def _result(
     output: Path | None,
     backend: Backend,
     targets: tuple[str, ...],
-    answer: dict[str, Any],
+    outcome: Outcome,
+    nodes: Iterable[WeightedNode],
 ) -> BuildResult:
-    outcome = outcome_of(answer)
+    layers = tuple(backend.layers(list(outcome.log), list(outcome.inspected)))
     return BuildResult(
         engine=output,
         engine_bytes=outcome.engine_bytes,
         model=model,
         model_sha256=files.sha256(model),
         backend=backend.name,
-        versions={"onnxq": onnxq.__version__, backend.name: answer["version"]},
+        versions={"onnxq": onnxq.__version__, backend.name: outcome.version},
         targets=targets,
         profiles=outcome.profiles,
         inputs=outcome.inputs,
@@ -255,34 +173,6 @@ def _result(
         parse_seconds=outcome.parse_seconds,
         compile_seconds=outcome.compile_seconds,
         warnings=outcome.warnings,
-        layers=tuple(backend.layers(list(outcome.log), list(outcome.inspected))),
-    )
-
-
-def outcome_of(answer: dict[str, Any]) -> Outcome:
-    """The child's answer as an Outcome.
-
-    Raises:
-        OnnxqError: the one the child met.
-    """
-    if "error" in answer:
-        raise OnnxqError(answer["error"]["message"], answer["error"]["hint"])
-    content = answer["outcome"]
-
-    def tensors(key: str) -> tuple[EngineInput, ...]:
-        return tuple(
-            EngineInput(entry["name"], tuple(entry["dims"]), entry["dtype"])
-            for entry in content[key]
-        )
-
-    return Outcome(
-        inputs=tensors("inputs"),
-        outputs=tensors("outputs"),
-        profiles=read_profiles(content["profiles"]),
-        parse_seconds=content["parse_seconds"],
-        compile_seconds=content["compile_seconds"],
-        engine_bytes=content["engine_bytes"],
-        log=tuple(content["log"]),
-        inspected=tuple(content["inspected"]),
-        warnings=tuple(content["warnings"]),
+        layers=layers,
+        coverage=cover(layers, nodes, outcome.profiles),
     )

@@ -5,42 +5,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onnxq.engine.backends import Backend
 from onnxq.engine.layers import dtype_word
+from onnxq.engine.protocol import Outcome, Request
 from onnxq.engine.shapes import EngineInput, Profile, resolve
 from onnxq.errors import OnnxqError
 
 _SHOWN_ERRORS = 3
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compile. Paths are absolute; `engine` None compiles and writes nothing."""
-
-    model: str
-    engine: str | None
-    targets: tuple[str, ...]
-    profiles: tuple[Profile, ...]
-    workspace: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a compile gave: sizes in bytes, times in seconds, the sources of the layer list."""
-
-    inputs: tuple[EngineInput, ...]
-    outputs: tuple[EngineInput, ...]
-    profiles: tuple[Profile, ...]
-    parse_seconds: float
-    compile_seconds: float
-    engine_bytes: int
-    log: tuple[str, ...]
-    inspected: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 class Log:
@@ -106,6 +80,7 @@ def compile_model(
         raise _compile_error(request, log)
     engine_bytes, inspected = made
     return Outcome(
+        version=str(trt.__version__),
         inputs=inputs,
         outputs=outputs,
         profiles=profiles,

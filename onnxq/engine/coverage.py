@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from onnxq.engine.layers import EngineLayer, Tensor
 from onnxq.engine.shapes import Profile
@@ -94,6 +94,26 @@ class Coverage:
             if entry.profile == profile:
                 table[entry.node.kind][entry.ran] += 1
         return {kind: dict(counter.most_common()) for kind, counter in table.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts by profile, then every node that did not run as it was meant to."""
+        profiles = sorted({entry.profile for entry in self.nodes})
+        return {
+            "complete": self.complete,
+            "counts": [self.counts(profile) for profile in profiles],
+            "missed": [
+                {
+                    "node": entry.node.name,
+                    "profile": entry.profile,
+                    "wanted": entry.node.wanted,
+                    "ran": entry.ran,
+                    "reason": entry.reason,
+                }
+                for entry in self.missed
+            ],
+            "quantize_alone": list(self.quantize_alone),
+            "dequantize_alone": list(self.dequantize_alone),
+        }
 
     def summary(self) -> list[str]:
         """Lines for people, one a profile, then what was left alone and the weights' bytes."""
@@ -235,7 +255,7 @@ def _raw_sums(layer: EngineLayer, view: _View) -> str:
             scales = any(c.elements > 1 and c.dtype in _FLOATS for c in reader.constants)
             if scales and reader.kind == _ELEMENTWISE and _share(reader, layer):
                 return (
-                    "the gemm stores unscaled sums in fp16, which overflow: give its weight one "
+                    "the gemm stores unscaled sums in fp16, which can overflow: give its weight one "
                     "scale, shared by all that multiply the same tensor"
                 )
     return ""
@@ -285,9 +305,9 @@ def _is_attention(layer: EngineLayer) -> bool:
 
 
 def _attention_dtype(layer: EngineLayer) -> str:
-    # q, k and v; a mask may stand between them in the same or another dtype.
-    dtypes = Counter(t.dtype for t in layer.inputs)
-    return next((d for d in _NARROW if dtypes[d] >= 3), layer.inputs[0].dtype)
+    # q, k and v are three of one dtype; a mask may stand among them in another.
+    dtypes = Counter(t.dtype for t in layer.inputs if t.dtype in (*_NARROW, *_FLOATS))
+    return dtypes.most_common(1)[0][0] if dtypes else "none"
 
 
 def _operands(layer: EngineLayer) -> tuple[str, str]:

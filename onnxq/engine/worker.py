@@ -1,24 +1,23 @@
 """The compile's own process: `python -m onnxq.engine.worker REQUESTS RESULTS`.
 
-REQUESTS is JSON: `{"backend", "memory_limit", "requests": [...]}`; RESULTS gets one JSON line a
-request, `{"outcome": ...}` or `{"error": {"message", "hint"}}`. Standard output carries one word a
-stage, for progress. A process of its own because TensorRT keeps the first logger a process gave
-it, because its memory goes with it, and because what kills it must not kill the caller.
+REQUESTS is JSON, `{"backend", "memory_limit", "requests": [...]}`; RESULTS gets one JSON line a
+request. Standard output carries one word a stage, for progress. A process of its own because
+TensorRT keeps the first logger a process gave it, because its memory goes with the process, and
+because what kills it must not kill the caller.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from onnxq.engine.backends import BACKENDS, load_module
-from onnxq.engine.compiler import Log, Request, compile_model
-from onnxq.engine.shapes import ShapeRange
+from onnxq.engine.compiler import Log, compile_model
+from onnxq.engine.protocol import Answer, answer_to_json, request_from_json
 from onnxq.errors import OnnxqError
 
 
@@ -29,60 +28,25 @@ def main(requests_path: str, results_path: str) -> None:
     _limit_memory(content["memory_limit"])
     stages = _take_standard_output()
     backend = BACKENDS[content["backend"]]
+    trt = load_module(backend)
+    log = Log(trt)
+
+    def stage(word: str) -> None:
+        stages.write(word + "\n")
+        stages.flush()
+
     with Path(results_path).open("w") as results:
-
-        def stage(word: str) -> None:
-            stages.write(word + "\n")
-            stages.flush()
-
-        try:
-            trt = load_module(backend)
-            log = Log(trt)
-        except OnnxqError as error:
-            results.write(json.dumps(_failure(error)) + "\n")
-            return
         for entry in content["requests"]:
+            answer: Answer
             try:
-                outcome = compile_model(_request(entry), backend, trt, log, stage)
-                line: dict[str, Any] = {"outcome": dataclasses.asdict(outcome)}
-                line["version"] = str(trt.__version__)
+                answer = compile_model(request_from_json(entry), backend, trt, log, stage)
             except OnnxqError as error:
-                line = _failure(error)
-            results.write(json.dumps(line) + "\n")
+                answer = error
+            results.write(json.dumps(answer_to_json(answer)) + "\n")
             results.flush()
 
 
-def read_profiles(content: Any) -> tuple[tuple[ShapeRange, ...], ...]:
-    """Profiles back from their JSON form."""
-    return tuple(
-        tuple(
-            ShapeRange(
-                entry["name"],
-                tuple(entry["minimum"]),
-                tuple(entry["optimum"]),
-                tuple(entry["maximum"]),
-            )
-            for entry in profile
-        )
-        for profile in content
-    )
-
-
-def _request(entry: dict[str, Any]) -> Request:
-    return Request(
-        model=entry["model"],
-        engine=entry["engine"],
-        targets=tuple(entry["targets"]),
-        profiles=read_profiles(entry["profiles"]),
-        workspace=entry["workspace"],
-    )
-
-
-def _failure(error: OnnxqError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "hint": error.hint}}
-
-
-def _take_standard_output() -> Any:
+def _take_standard_output() -> IO[str]:
     """Keep standard output for our stages; what libraries print there goes to standard error."""
     stages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -103,7 +67,7 @@ def _die_with_the_caller() -> None:
 
 def _limit_memory(limit: int | None) -> None:
     if limit is not None:
-        import resource
+        import resource  # not on Windows, where a limit is not offered
 
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 

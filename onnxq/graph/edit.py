@@ -13,7 +13,6 @@ from onnxq.graph.model import Model
 from onnxq.graph.query import label
 from onnxq.graph.weights import Array, DerivedValues, onnx_dtype, payload_bytes
 from onnxq.graph.wire import STRIP_THRESHOLD
-from onnxq.report import Edit
 
 
 class Editor:

@@ -10,7 +10,8 @@ r carries the scales of the weight's channels, as a vector behind a product in 1
 compiler (a DequantizeLinear per channel), tensorrt-rtx 1.7 lets a linear layer write the raw sum of
 codes in FP16, which overflows, and multiplies by an FP16 vector of scale products near 1e-7, which
 has no digits left; a convolution writes FP32, twice the bytes. With one scale in DequantizeLinear
-the product is scaled in FP32 inside, and r rides in the kernel that adds the bias.
+the product is scaled in FP32 inside, and r rides in the kernel that adds the bias. Layers that read
+one tensor (q, k, v) become one product, so they must share that scale.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ class Emitter:
         self._alive: list[gs.Tensor] = []
 
     def weight(
-        self, operand: ConstantOperand, axis: int | None, scale: Any, dtype: Any, like: gs.Node
+        self,
+        operand: ConstantOperand,
+        axis: int | None,
+        scale: Any,
+        common: Any,
+        like: gs.Node,
     ) -> tuple[gs.Tensor, gs.Constant | None]:
         """DequantizeLinear on the weight's codes, stored in 8 bits and laid out as it is used.
 
@@ -52,28 +58,28 @@ class Emitter:
         float weight itself is untouched: whoever else reads it (an embedding) still does.
 
         Args:
-            scale: float32, one or one for each index along `axis`.
-            dtype: type of the product, which the stored scales have too.
+            scale: one, or one for each index along `axis`; float32 where `common` is given.
+            common: the scale DequantizeLinear gets; None: `scale` itself, in its type.
 
         Returns:
-            The dequantized weight, and the vector its product is to be multiplied by, or None.
+            The dequantized weight, and what its product is to be multiplied by, or None.
         """
-        key = (id(operand.constant), operand.permutation, axis, onnx_dtype(dtype))
+        key = (id(operand.constant), operand.permutation, axis, str(scale.dtype), repr(common))
         if key not in self._weights:
             self._alive.append(operand.constant)
-            self._weights[key] = self._weight(operand, axis, scale, np.dtype(dtype), like)
+            self._weights[key] = self._weight(operand, axis, scale, common, like)
         return self._weights[key]
 
     def _weight(
-        self, operand: ConstantOperand, axis: int | None, scale: Any, dtype: Any, like: gs.Node
+        self, operand: ConstantOperand, axis: int | None, scale: Any, common: Any, like: gs.Node
     ) -> tuple[gs.Tensor, gs.Constant | None]:
         name, fmt, constant = operand.constant.name, self.fmt, self.editor.constant
-        split = axis is not None and dtype.itemsize == 2
-        if split:
-            stored, ratios = numerics.split_scale(scale, dtype)
-            scale = stored.astype(np.float32) * ratios.astype(np.float32)
-        else:
-            stored = scale = scale.astype(dtype)
+        stored, ratio = scale, None
+        if common is not None:
+            ratios = numerics.scale_ratios(scale, common)
+            trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
+            ratio = constant(f"{name}_channel_scale", ratios.reshape(*ratios.shape, *trailing))
+            stored, scale = common, common.astype(np.float32) * ratios.astype(np.float32)
         codes = self.editor.derived(
             f"{name}_{fmt.name}",
             self.code_type,
@@ -81,14 +87,16 @@ class Emitter:
             lambda: numerics.quantize(operand.load(), scale, fmt, axis),
         )
         out = self.editor.node(
-            "DequantizeLinear", f"{name}_DequantizeLinear", [codes, constant(f"{name}_scale", stored)],
-            f"{name}_dequantized", _tensor_dtype(dtype), operand.shape, like=like,
+            "DequantizeLinear",
+            f"{name}_DequantizeLinear",
+            [codes, constant(f"{name}_scale", stored)],
+            f"{name}_dequantized",
+            _tensor_dtype(stored.dtype),
+            operand.shape,
+            like=like,
             **({"axis": axis} if stored.ndim else {}),
         )
-        if not split:
-            return out, None
-        trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
-        return out, constant(f"{name}_channel_scale", ratios.reshape(-1, *trailing))
+        return out, ratio
 
     def static(self, tensor: gs.Tensor, peak: float, like: gs.Node) -> gs.Tensor:
         """Q and DQ of an activation whose largest magnitude was calibrated as `peak`."""
@@ -107,12 +115,23 @@ class Emitter:
         if key not in self._dynamic:
             name, dtype = tensor.name, tensor.dtype
             add, shape = self.editor.node, tensor.shape
-            one = [1 if i in {a % len(shape) for a in axes} else d for i, d in enumerate(shape)] \
-                if shape else None
+            one = (
+                [1 if i in {a % len(shape) for a in axes} else d for i, d in enumerate(shape)]
+                if shape
+                else None
+            )
             magnitude = add("Abs", f"{name}_Abs", [tensor], f"{name}_abs", dtype, shape, like)
             axis = self.editor.constant(f"{name}_axes", np.array(axes, np.int64))
-            peak = add("ReduceMax", f"{name}_ReduceMax", [magnitude, axis], f"{name}_amax", dtype,
-                       one, like, keepdims=1)
+            peak = add(
+                "ReduceMax",
+                f"{name}_ReduceMax",
+                [magnitude, axis],
+                f"{name}_amax",
+                dtype,
+                one,
+                like,
+                keepdims=1,
+            )
             floor = self.editor.constant(f"{name}_floor", np.array(SMALLEST).astype(_dtype(tensor)))
             peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
             normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
@@ -126,10 +145,24 @@ class Emitter:
         scale_tensor = self.editor.constant(f"{name}_scale", scale)
         zero = self.editor.constant(f"{name}_zero", np.zeros((), self.fmt.dtype()), self.code_type)
         code_dtype = _tensor_dtype(self.fmt.dtype())
-        codes = add("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale_tensor, zero],
-                    f"{name}_quantized", code_dtype, tensor.shape, like)
-        return add("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale_tensor, zero],
-                   f"{name}_dequantized", tensor.dtype, tensor.shape, like)
+        codes = add(
+            "QuantizeLinear",
+            f"{name}_QuantizeLinear",
+            [tensor, scale_tensor, zero],
+            f"{name}_quantized",
+            code_dtype,
+            tensor.shape,
+            like,
+        )
+        return add(
+            "DequantizeLinear",
+            f"{name}_DequantizeLinear",
+            [codes, scale_tensor, zero],
+            f"{name}_dequantized",
+            tensor.dtype,
+            tensor.shape,
+            like,
+        )
 
     def finish_product(
         self, node: gs.Node, factors: Sequence[gs.Tensor], bias: gs.Tensor | None

@@ -89,9 +89,7 @@ class Model:
                 ) from error
         model = cls(graph, path, header)
         model._imported = tuple(graph.nodes)
-        model.origins = {
-            id(n): p for n, p in zip(graph.nodes, proto.graph.node, strict=True)
-        }
+        model.origins = {id(n): p for n, p in zip(graph.nodes, proto.graph.node, strict=True)}
         hoist_constants(model, only=_is_stripped)
         for tensor in graph.tensors().values():
             values = getattr(tensor, "_values", None)
@@ -251,9 +249,11 @@ def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
         raise OnnxqError(f"{path} is empty", "export or copy the file again")
     proto = onnx.ModelProto()
     try:
-        with path.open("rb") as stream, mmap.mmap(
-            stream.fileno(), 0, access=mmap.ACCESS_READ
-        ) as mapped, memoryview(mapped) as buffer:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as buffer,
+        ):
             skeleton = wire.strip(buffer, path.name)
         proto.ParseFromString(skeleton)
     except DecodeError as error:
@@ -264,9 +264,7 @@ def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
         raise OnnxqError(f"{path}: {error.message}", error.hint) from None
     if not proto.graph.node and not proto.graph.output:
         raise OnnxqError(f"{path} holds no graph", "is it an ONNX model?")
-    external = any(
-        _is_external(t) and _location(t) != path.name for t in proto.graph.initializer
-    )
+    external = any(_is_external(t) and _location(t) != path.name for t in proto.graph.initializer)
     for tensor in _nested_tensors(proto):
         if _is_external(tensor):
             tensor.raw_data = stored(tensor, path.parent).load().tobytes()
@@ -283,7 +281,10 @@ def _nested_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             for attribute in node.attribute:
                 if nested and attribute.HasField("t"):
                     yield attribute.t
-                for graph in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                for graph in (
+                    *((attribute.g,) if attribute.HasField("g") else ()),
+                    *attribute.graphs,
+                ):
                     yield from graph.initializer
                     yield from of_nodes(graph.node, True)
 

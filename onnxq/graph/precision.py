@@ -66,8 +66,27 @@ RANGE_HUNGRY = {
 ONNX Runtime both compute it in FP32 inside."""
 
 _AFTER_SQUARE = ("ReduceMean", "Add", "Sqrt", "Reciprocal", "Max", "Clip", "Pow", "Cast", "Expand")
-_ANGLE = ("Mul", "Add", "Sub", "Div", "Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "MatMul",
-          "Concat", "Transpose", "Neg", "Exp", "Einsum", "Range", "Identity", "Slice", "Gather")
+_ANGLE = (
+    "Mul",
+    "Add",
+    "Sub",
+    "Div",
+    "Cast",
+    "Unsqueeze",
+    "Squeeze",
+    "Reshape",
+    "Expand",
+    "MatMul",
+    "Concat",
+    "Transpose",
+    "Neg",
+    "Exp",
+    "Einsum",
+    "Range",
+    "Identity",
+    "Slice",
+    "Gather",
+)
 _RANGE_MARGIN = 0.9
 
 
@@ -90,8 +109,10 @@ def is_fp32(tensor: gs.Tensor) -> bool:
     """Whether a tensor is FP32 (unknown types are not)."""
     if isinstance(tensor, gs.Constant):
         return constant_type(tensor) == FLOAT
-    return tensor.dtype is not None and not isinstance(tensor.dtype, int) and bool(
-        np.dtype(tensor.dtype) == np.float32
+    return (
+        tensor.dtype is not None
+        and not isinstance(tensor.dtype, int)
+        and bool(np.dtype(tensor.dtype) == np.float32)
     )
 
 
@@ -145,8 +166,15 @@ def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> 
                 allowed = formal[min(index, len(formal) - 1)].types
                 if wanted not in allowed:
                     return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
-    if node.op in ("EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike",
-                   "RandomUniformLike", "Bernoulli", "Multinomial"):
+    if node.op in (
+        "EyeLike",
+        "RandomNormal",
+        "RandomUniform",
+        "RandomNormalLike",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    ):
         return "its type is an attribute"
     return None
 
@@ -223,7 +251,9 @@ def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
                 return
             plan.clamped[tensor.name] = clamp
         elif 0 < largest < plan.base.smallest and not _is_offset(node, tensor):
-            plan.kept[id(node)] = f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in FP16"
+            plan.kept[id(node)] = (
+                f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in FP16"
+            )
             return
 
 
@@ -255,9 +285,7 @@ def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]
         if amax <= limit or tensor is None or not is_fp32(tensor):
             continue
         source = producer(tensor)
-        mask = source is not None and any(
-            t.name in plan.clamped for t in source.inputs
-        )
+        mask = source is not None and any(t.name in plan.clamped for t in source.inputs)
         if mask:
             continue
         for node in (*tensor.inputs, *tensor.outputs):
@@ -271,8 +299,10 @@ def _follow_divisors(model: Model, plan: PrecisionPlan) -> None:
             divisor = producer(node.inputs[-1])
             while divisor is not None and divisor.op in ("Expand", "Unsqueeze", "Reshape"):
                 divisor = producer(divisor.inputs[0])
-            if divisor is not None and id(divisor) in plan.kept and any(
-                is_fp32(t) for t in node.outputs
+            if (
+                divisor is not None
+                and id(divisor) in plan.kept
+                and any(is_fp32(t) for t in node.outputs)
             ):
                 plan.kept[id(node)] = f"divides by {label(divisor)!r}, which stays FP32"
 
@@ -303,7 +333,9 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
         if not kept:
             _convert_outputs(editor, node, plan, fp32)
     for name, value in plan.clamped.items():
-        edits.append(Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}"))
+        edits.append(
+            Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}")
+        )
     if not convert_io:
         _restore_outputs(editor, plan, fp32)
     editor.finish()
@@ -365,8 +397,14 @@ class _Caster:
                 dtype = np.dtype(np.float32) if wanted == FLOAT else base.graph_dtype
                 suffix = "fp32" if wanted == FLOAT else base.name
                 self._cast[key] = self.editor.node(
-                    "Cast", f"{tensor.name}_Cast_{suffix}", [tensor], f"{tensor.name}_{suffix}",
-                    dtype, tensor.shape, like=node, to=wanted,
+                    "Cast",
+                    f"{tensor.name}_Cast_{suffix}",
+                    [tensor],
+                    f"{tensor.name}_{suffix}",
+                    dtype,
+                    tensor.shape,
+                    like=node,
+                    to=wanted,
                 )
             self.editor.replace_input(node, index, self._cast[key])
 

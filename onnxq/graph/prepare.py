@@ -55,8 +55,10 @@ def infer_types(model: Model) -> None:
         if value.type.HasField("tensor_type") and kind.elem_type:
             tensor.dtype = _graph_dtype(kind.elem_type)
             if tensor.shape is None and kind.HasField("shape"):
-                tensor.shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None)
-                                for d in kind.shape.dim]
+                tensor.shape = [
+                    d.dim_param or (d.dim_value if d.HasField("dim_value") else None)
+                    for d in kind.shape.dim
+                ]
 
 
 def _graph_dtype(onnx_type: int) -> object:
@@ -113,8 +115,16 @@ def _put_back(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
         for value in getattr(after.graph, group):
             if value.name in values:
                 value.CopyFrom(values[value.name])
-    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string",
-                 "metadata_props", "functions", "training_info"):
+    for name in (
+        "producer_name",
+        "producer_version",
+        "domain",
+        "model_version",
+        "doc_string",
+        "metadata_props",
+        "functions",
+        "training_info",
+    ):
         _copy_field(before, after, name)
     for name in ("doc_string", "metadata_props", "quantization_annotation"):
         _copy_field(before.graph, after.graph, name)

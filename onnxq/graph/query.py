@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.graph.model import Model
-from onnxq.graph.weights import Array, array, original
+from onnxq.graph.weights import Array, array, constant_type, onnx_dtype, original
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata in which torch's exporter writes the module path."""
@@ -93,7 +94,9 @@ def scalar(tensor: gs.Tensor) -> float | None:
     if not isinstance(tensor, gs.Constant) or int(np.prod(tensor.shape or (1,))) != 1:
         return None
     values = array(tensor).reshape(-1)
-    return float(values[0]) if np.issubdtype(np.asarray(values, np.float64).dtype, np.number) else None
+    return (
+        float(values[0]) if np.issubdtype(np.asarray(values, np.float64).dtype, np.number) else None
+    )
 
 
 def is_floating(onnx_or_numpy: object) -> bool:
@@ -101,6 +104,28 @@ def is_floating(onnx_or_numpy: object) -> bool:
     if isinstance(onnx_or_numpy, int):
         return True
     return onnx_or_numpy is not None and np.dtype(onnx_or_numpy).kind == "f"  # type: ignore[call-overload]
+
+
+_WORDS = {
+    "FLOAT": "fp32",
+    "FLOAT16": "fp16",
+    "BFLOAT16": "bf16",
+    "DOUBLE": "fp64",
+    "FLOAT8E4M3FN": "fp8",
+    "FLOAT4E2M1": "fp4",
+}
+
+
+def type_word(tensor: gs.Tensor) -> str:
+    """A tensor's type in short: `fp32`, `fp16`, `fp8`, `int8`, ...; `?` where it is unknown."""
+    if isinstance(tensor, gs.Constant):
+        number = constant_type(tensor)
+    elif tensor.dtype is None:
+        return "?"
+    else:
+        number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_dtype(tensor.dtype)
+    name = onnx.TensorProto.DataType.Name(number)
+    return _WORDS.get(name, name.lower())
 
 
 def float_tensors(model: Model) -> list[str]:

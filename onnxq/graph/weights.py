@@ -125,9 +125,7 @@ class Values(LazyValues):  # type: ignore[misc]
 class StoredValues(Values):
     """Values that lie in a file."""
 
-    def __init__(
-        self, name: str, onnx_type: int, shape: tuple[int, ...], extent: Extent
-    ) -> None:
+    def __init__(self, name: str, onnx_type: int, shape: tuple[int, ...], extent: Extent) -> None:
         super().__init__(name, onnx_type, shape)
         self.extent = extent
 
@@ -196,7 +194,9 @@ def original(constant: Constant) -> Array:
 def constant_type(constant: Constant) -> int:
     """TensorProto.DataType of a constant."""
     values = constant._values
-    return int(values.tensor.data_type) if isinstance(values, LazyValues) else onnx_dtype(values.dtype)
+    return (
+        int(values.tensor.data_type) if isinstance(values, LazyValues) else onnx_dtype(values.dtype)
+    )
 
 
 def stored(tensor: onnx.TensorProto, folder: Path) -> StoredValues:
@@ -218,7 +218,9 @@ def stored(tensor: onnx.TensorProto, folder: Path) -> StoredValues:
     path = folder / location
     shape = tuple(int(d) for d in tensor.dims)
     if any(d < 0 for d in shape):
-        raise OnnxqError(f"weight {tensor.name!r} has a negative dimension: {shape}", "export again")
+        raise OnnxqError(
+            f"weight {tensor.name!r} has a negative dimension: {shape}", "export again"
+        )
     needed = payload_bytes(tensor.data_type, shape)
     try:
         status = os.stat(path)

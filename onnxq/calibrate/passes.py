@@ -1,0 +1,163 @@
+"""Which tensors are fetched together: as many as fit the memory, in as few passes as possible."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnxq.calibrate.data import Feed
+from onnxq.calibrate.session import Device, InputSpec, Session, open_session
+from onnxq.errors import OnnxqError
+
+# Given tensor names: the serialized model with exactly these outputs, what they do not need cut
+# away, and the folder that its external weights are read from.
+MakeModel = Callable[[Sequence[str]], tuple[bytes, Path]]
+
+
+class Opener:
+    """Opens the model with the outputs asked for; a session to `keep` serves the next such call."""
+
+    def __init__(self, make_model: MakeModel, device: Device, threads: int | None) -> None:
+        self._make_model, self._device, self._threads = make_model, device, threads
+        self._kept: tuple[list[str], Session] | None = None
+
+    def __call__(self, outputs: list[str], keep: bool = False) -> Session:
+        kept, self._kept = self._kept, None  # let go before another one takes memory
+        if kept is not None and kept[0] == outputs:
+            session = kept[1]
+        else:
+            del kept
+            model, folder = self._make_model(outputs)
+            session = open_session(model, folder=folder, device=self._device, threads=self._threads)
+        if keep:
+            self._kept = (outputs, session)
+        return session
+
+
+def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> list[list[str]]:
+    """The names in groups whose values on `feed` fit `memory` bytes; at least one a group.
+
+    `memory` None: as much again as the process takes with the model loaded, 1 GiB at least.
+    """
+    sizes, largest = _inferred(opener, names, feed)
+    memory = _allowance(1.0, 1 << 30) if memory is None else memory
+    unknown = [name for name in names if name not in sizes]
+    if sum(sizes.values()) + len(unknown) * largest > memory:
+        measured = _in_growing_groups(opener, unknown, feed, largest, memory)
+        sizes |= {name: values.nbytes for name, values in measured}
+    return _packed(names, {name: sizes.get(name, largest) for name in names}, memory)
+
+
+def fetch_all(
+    opener: Opener, names: list[str], feed: Feed, memory: int | None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """(name, values) of every tensor on one feed, in groups that fit `memory`.
+
+    None: half of what the process takes with the model loaded, 256 MiB at least.
+    """
+    sizes, largest = _inferred(opener, names, feed)
+    memory = _allowance(0.5, 1 << 28) if memory is None else memory
+    for group in _packed([name for name in names if name in sizes], sizes, memory):
+        yield from fetch(opener(group), group, feed)
+    unknown = [name for name in names if name not in sizes]
+    yield from _in_growing_groups(opener, unknown, feed, largest, memory)
+
+
+def fetch(
+    session: Session, names: list[str], feed: Feed, label: str = ""
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """(name, values) of each output of one run, each let go before the next is given."""
+    try:
+        arrays = session.run(names, feed)
+    except OnnxqError as error:
+        raise OnnxqError(
+            f"{label}: {error.message}" if label else error.message, error.hint
+        ) from error
+    arrays.reverse()
+    for name in names:
+        yield name, arrays.pop()
+
+
+def _inferred(opener: Opener, names: list[str], feed: Feed) -> tuple[dict[str, int], int]:
+    """Bytes of the tensors whose shapes ONNX Runtime infers on `feed`; and a guess for the rest:
+
+    the largest of these.
+    """
+    session = opener(names, keep=True)
+    dims = _dimensions(session.inputs, feed)
+    inferred = {output.name: _size(output, dims) for output in session.outputs}
+    sizes = {name: size for name, size in inferred.items() if size is not None}
+    return sizes, max(sizes.values(), default=sum(array.nbytes for array in feed.values()))
+
+
+def _in_growing_groups(
+    opener: Opener, names: list[str], feed: Feed, largest: int, memory: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """(name, values) of tensors of unknown size: as many at a time as fit if none exceeds `largest`.
+
+    What is found replaces that guess; four times as many at most are tried next.
+    """
+    count, found = max(1, memory // max(1, largest)), 1
+    while names:
+        group, names = names[:count], names[count:]
+        for name, values in fetch(opener(group), group, feed):
+            found = max(found, values.nbytes)
+            yield name, values
+        count = max(1, min(memory // found, 4 * count))
+
+
+def _packed(names: list[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
+    groups: list[list[str]] = []
+    room = -1
+    for name in names:
+        if sizes[name] > room or not groups:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= sizes[name]
+    return groups
+
+
+def _dimensions(inputs: Sequence[InputSpec], feed: Feed) -> dict[str, int]:
+    """What the inputs' named dimensions are in this feed."""
+    return {
+        dim: size
+        for spec in inputs
+        for dim, size in zip(spec.shape, feed[spec.name].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def _size(output: InputSpec, dims: Mapping[str, int]) -> int | None:
+    """Bytes of an output; None where a dimension is not known, or none is (an unknown rank)."""
+    if not output.shape:
+        return None
+    size = output.dtype.itemsize
+    for dim in output.shape:
+        known = dims.get(dim) if isinstance(dim, str) else dim
+        if known is None:
+            return None
+        size *= known
+    return size
+
+
+def _allowance(share: float, least: int) -> int:
+    """`share` of the memory the process takes now, `least` at least; half of what is free at most.
+
+    Counting from what the loaded model takes keeps the peak within twice a bare run's, and a
+    model of gigabytes from being run over once for every few tensors.
+    """
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        free = next(
+            int(line.split()[1]) << 10
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):  # not Linux
+        return least
+    return min(max(int(share * resident), least), free // 2)

@@ -1,0 +1,293 @@
+"""The command line: click verbs, a few lines each; the only place that prints or exits.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input or usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import onnxq
+from onnxq.errors import OnnxqError
+from onnxq.gpus import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from onnxq.api import Data, Result
+
+Command = Callable[..., Any]
+
+
+class _Verbs(click.Group):
+    """Turns an OnnxqError into one line and exit code 2, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnnxqError as error:
+            click.echo(f"onnxq: error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("onnxq: interrupted; no file was changed", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # as a user meets them, not by alphabet
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(onnxq.__version__, prog_name="onnxq")
+@click.option("--quiet", "-q", is_flag=True, help="No progress; results and errors only.")
+@click.pass_context
+def main(ctx: click.Context, quiet: bool) -> None:
+    """Quantize ONNX models for TensorRT, and prove what the compiler makes of them."""
+    from onnxq.terminal import progress_line
+
+    ctx.obj = progress_line(quiet)
+
+
+def _data_options(flag: str, what: str) -> Callable[[Command], Command]:
+    """The ways to give samples, the same on every verb that takes them."""
+    options = [
+        click.option(
+            flag,
+            "data_path",
+            metavar="PATH",
+            help=f"{what}: npz, folder of npy or npz, Polygraphy JSON, or a loader script.",
+        ),
+        click.option("--text", type=click.Path(path_type=Path), help="Text for a language model."),
+        click.option("--tokenizer", type=click.Path(path_type=Path), help="Its tokenizer.json."),
+        click.option("--seq-len", type=click.IntRange(2), help="Tokens a window.  [default: 512]"),
+        click.option(
+            "--samples",
+            type=click.IntRange(1),
+            help="How many windows of text, or random samples.  [default: 64, 8]",
+        ),
+        click.option(
+            "--random-calib" if flag == "--calib" else "--random-data",
+            "random",
+            is_flag=False,
+            flag_value=0,
+            type=int,
+            metavar="[SEED]",
+            help="Random data instead: for trying things out, not for accuracy.",
+        ),
+        click.option("--batch", type=click.IntRange(1), help="Rows fed at a time.  [default: 1]"),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where ONNX Runtime runs.",
+        ),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _data(options: dict[str, Any]) -> Data:
+    from onnxq.api import Data
+
+    given = ("text", "tokenizer", "seq_len", "samples", "random", "batch")
+    return Data(path=options.pop("data_path"), **{name: options.pop(name) for name in given})
+
+
+_MODEL = click.argument("model", type=click.Path(path_type=Path))
+_TARGET = click.option(
+    "--target", default=DEFAULT_TARGET, show_default=True, metavar="SM", help="Compute capability."
+)
+_REPORT = click.option(
+    "--report", type=click.Path(path_type=Path), help="Write the report as JSON."
+)
+_RECIPE = click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="Preset (fp8, int8, fp8-attention, fp8-dynamic, "
+    "int8-dynamic) or a YAML file.  [default: fp8/int8 with data, else their dynamic forms]",
+)
+_RULES = click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="RULE",
+    help="Override: 'leave|quantize node=|weight=|module=|op=PATTERN'; * and ? are wildcards.",
+)
+
+
+@main.command()
+@_MODEL
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="[default: <model>.<recipe>.onnx beside the model]",
+)
+@_RECIPE
+@_TARGET
+@_data_options("--calib", "Calibration data")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "bf16", "keep"]),
+    default="fp16",
+    show_default=True,
+    help="What an FP32 model becomes where it is not quantized.",
+)
+@click.option(
+    "--io",
+    type=click.Choice(["keep", "fp16"]),
+    default="keep",
+    show_default=True,
+    help="Types of the model's inputs and outputs.",
+)
+@click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy or mse.")
+@_RULES
+@click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
+@click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
+@click.option(
+    "--load-calib",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Use saved tables; several are merged.",
+)
+@_REPORT
+@click.pass_obj
+def quantize(
+    progress: Any, model: Path, memory: str | None, report: Path | None, **options: Any
+) -> None:
+    """Write a quantized copy of MODEL."""
+    from onnxq import api
+    from onnxq.terminal import parse_size, quantized_lines
+
+    data = _data(options)
+    result = api.quantize(
+        model,
+        calib=data if data.given else None,
+        memory=parse_size(memory),
+        progress=progress,
+        **options,
+    )
+    _finish(progress, result, quantized_lines(result), report)
+
+
+@main.command()
+@_MODEL
+@_RECIPE
+@_TARGET
+@_RULES
+@_REPORT
+@click.pass_obj
+def inspect(progress: Any, model: Path, report: Path | None, **options: Any) -> None:
+    """Show what a recipe would do with each site of MODEL, and why."""
+    from onnxq import api
+    from onnxq.terminal import inspected_lines
+
+    result = api.inspect(model, **options)
+    _finish(progress, result, inspected_lines(result), report)
+
+
+@main.command()
+@_MODEL
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: <model>.plan]")
+@_TARGET
+@click.option(
+    "--shapes",
+    multiple=True,
+    metavar="NAME:MIN[,OPT,MAX]",
+    help="Once per dynamic input, such as input_ids:1x1,1x256,4x512.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt_rtx", "tensorrt"]),
+    help="[default: tensorrt_rtx, ahead of time, no GPU needed]",
+)
+@click.option("--strict", is_flag=True, help="Exit 1 if a quantized node did not end in 8 bits.")
+@_REPORT
+@click.pass_obj
+def build(progress: Any, model: Path, report: Path | None, **options: Any) -> None:
+    """Compile MODEL into a TensorRT engine and show what each layer became."""
+    from onnxq import api
+    from onnxq.terminal import built_lines
+
+    result = api.build(model, progress=progress, **options)
+    _finish(progress, result, built_lines(result), report)
+
+
+@main.command()
+@_MODEL
+@click.argument("candidate", type=click.Path(path_type=Path))
+@_data_options("--data", "Samples the calibration never saw")
+@click.option("--min-snr", type=float, metavar="DB", help="Fail below this signal-to-noise ratio.")
+@click.option("--min-cosine", type=float, help="Fail below this cosine.")
+@click.option("--max-abs-error", type=float, help="Fail above this absolute error.")
+@click.option("--fp16/--no-fp16", default=True, help="Also measure the plain FP16 conversion.")
+@click.option("--per-layer", is_flag=True, help="Show where the error enters.")
+@click.option("--save-outputs", type=click.Path(path_type=Path), help="As Polygraphy's JSON.")
+@_REPORT
+@click.pass_obj
+def compare(
+    progress: Any, model: Path, candidate: Path, report: Path | None, **options: Any
+) -> None:
+    """Run MODEL, its FP16 conversion and CANDIDATE on the same data, side by side."""
+    from onnxq import api
+    from onnxq.terminal import compared_lines
+
+    result = api.compare(model, candidate, data=_data(options), progress=progress, **options)
+    _finish(progress, result, compared_lines(result), report)
+
+
+@main.group()
+def evaluate() -> None:
+    """Measure a model on a task."""
+
+
+@evaluate.command()
+@_MODEL
+@click.option("--text", type=click.Path(path_type=Path), required=True)
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first windows.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Model to measure KL and agreement against.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@_REPORT
+@click.pass_obj
+def perplexity(
+    progress: Any, model: Path, text: Path, tokenizer: Path, report: Path | None, **options: Any
+) -> None:
+    """Perplexity of a language model on a text."""
+    from onnxq.evaluate.perplexity import perplexity as measure
+    from onnxq.files import write_json
+
+    found = measure(model, text, tokenizer, progress=progress, **options)
+    progress.close()
+    for line in found.lines():
+        click.echo(line)
+    if report is not None:
+        write_json(report, found.as_dict())
+
+
+def _finish(progress: Any, result: Result, lines: list[str], report: Path | None) -> None:
+    """Print, save the report, and exit with 1 if a check failed."""
+    progress.close()
+    for line in lines:
+        click.echo(line)
+    if report is not None:
+        result.save(report)
+    if not result.passed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

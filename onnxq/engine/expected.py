@@ -1,0 +1,43 @@
+"""What a model file asks the compiler to multiply in which format, read from its Q/DQ."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnxq.engine.coverage import WeightedNode
+from onnxq.graph.model import Model
+from onnxq.graph.query import producer, type_word
+from onnxq.placement import Site, find_sites
+
+_KINDS = {"linear": "gemm", "conv": "conv", "product": "gemm"}
+
+
+def expected_products(model: Model) -> list[WeightedNode]:
+    """Every MatMul, Gemm, Conv and attention of the main graph, in graph order."""
+    return [_expected(site) for site in find_sites(model)]
+
+
+def _expected(site: Site) -> WeightedNode:
+    if site.attention is not None:
+        attention = site.attention
+        parts = (attention.scores, attention.softmax, attention.values)
+        names = tuple(engine_name(node) for node in parts)
+        return WeightedNode(names[0], "attention", _wanted(attention.scores), names)
+    kind = _KINDS[site.kind]
+    return WeightedNode(engine_name(site.node), kind, _wanted(site.node))  # type: ignore[arg-type]
+
+
+def engine_name(node: gs.Node) -> str:
+    """The name TensorRT's parser gives the node's layer."""
+    return str(node.name) or f"node_of_{node.outputs[0].name}"
+
+
+def _wanted(node: gs.Node) -> str:
+    """The format of the second operand's codes, or its plain type."""
+    tensor = node.inputs[1]
+    source = producer(tensor)
+    while source is not None and source.op in ("Transpose", "Reshape", "Identity"):
+        source = producer(source.inputs[0])
+    if source is not None and source.op == "DequantizeLinear":
+        return type_word(source.inputs[0])
+    return type_word(tensor)

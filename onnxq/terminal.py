@@ -1,0 +1,178 @@
+"""Results as lines for a terminal, and the progress line; text only, printed by `cli`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from onnxq.errors import OnnxqError
+
+if TYPE_CHECKING:
+    from onnxq.api import Built, Compared, Quantized
+
+_QUIET_FIRST = 2.0
+_EVERY = 0.2
+_PLAIN_EVERY = 15.0
+_SHOWN = 8
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_KINDS = {
+    "linear": "linear layers",
+    "conv": "convolutions",
+    "attention": "attentions",
+    "product": "other products",
+}
+
+
+class ProgressLine:
+    """Draws steps that last longer than two seconds: one live line on a terminal, else a plain
+    line now and then. Nothing with `quiet`."""
+
+    def __init__(self, stream: TextIO, live: bool, quiet: bool) -> None:
+        self._stream, self._live, self._quiet = stream, live, quiet
+        self._step, self._since, self._last = "", 0.0, 0.0
+        self._drawn = False
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if step != self._step:
+            self.close()
+            self._step, self._since, self._last = step, now, now
+        every = _EVERY if self._live else _PLAIN_EVERY
+        if self._quiet or now - self._since < _QUIET_FIRST or now - self._last < every:
+            return
+        self._last, self._drawn = now, True
+        text = f"{step}: {done} of {total}" if total else f"{step}: {now - self._since:.0f} s"
+        if total and done:
+            text += f", {(now - self._since) / done * (total - done):.0f} s left"
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Wipe the live line."""
+        if self._drawn and self._live:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+        self._drawn = False
+
+
+def progress_line(quiet: bool) -> ProgressLine:
+    """Progress on standard error."""
+    return ProgressLine(sys.stderr, sys.stderr.isatty(), quiet)
+
+
+def parse_size(text: str | None) -> int | None:
+    """Read `2GB`, `512MiB` or a number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmg]i?)?b?\s*", text.lower())
+    try:
+        size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise OnnxqError(f"cannot read the size {text!r}", "write it as 2GB or 512MiB")
+    return size
+
+
+def megabytes(size: float) -> str:
+    """`164 MB`, or `5.13 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def quantized_lines(result: Quantized) -> list[str]:
+    """What `quantize` did."""
+    facts = result.report.facts
+    lines = [result.report.title, *_site_lines(facts["sites"]), *_precision_lines(result)]
+    before, after = facts["bytes_before"], facts["bytes_after"]
+    lines.append(
+        f"wrote {facts['output']}: {megabytes(after)}, {after / before:.2f} x of "
+        f"{megabytes(before)}, in {facts['seconds']:.1f} s (for {facts['target']})"
+    )
+    return lines + _notes(result.report.notes)
+
+
+def inspected_lines(result: Quantized) -> list[str]:
+    """What a recipe would do, site by site; or the record in a model onnxq wrote."""
+    if result.placement is None:
+        return [result.report.title, *_flat(result.report.facts)]
+    facts = result.report.facts
+    return [
+        f"{result.report.title} (for {facts['target']})",
+        *result.placement.lines(),
+        *_site_lines(facts["sites"]),
+    ]
+
+
+def compared_lines(result: Compared) -> list[str]:
+    """The comparison's table, and where the error enters if that was asked for."""
+    assert result.comparison is not None
+    lines = result.comparison.lines()
+    return lines + (result.layers.lines() if result.layers is not None else [])
+
+
+def built_lines(result: Built) -> list[str]:
+    """What was compiled, the coverage, and what did not end in the format it was meant to."""
+    facts, coverage = result.report.facts, result.coverage
+    assert coverage is not None
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"{result.report.title} in {facts['seconds']:.1f} s ({versions})",
+        *(f"  {line}" for line in coverage.summary()),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for missed in coverage.missed:
+        text = f"wanted {missed.node.wanted}, ran in {missed.ran}: {missed.reason}"
+        reasons.setdefault(text, []).append(missed.node.name)
+    for text, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  {names[0]}{more}: {text}")
+    lines.append(
+        f"wrote {facts['engine']}: {megabytes(facts['engine_bytes'])}, and {facts['engine']}.json"
+    )
+    return lines + _notes(dict.fromkeys(facts["warnings"]))
+
+
+def _site_lines(sites: dict[str, Any]) -> Iterable[str]:
+    for kind, name in _KINDS.items():
+        if kind in sites:
+            entry = sites[kind]
+            yield f"  {entry['quantized']} of {entry['sites']} {name} quantized"
+    reasons = sorted(sites["left"].items(), key=lambda item: -item[1])
+    for reason, count in reasons[:_SHOWN]:
+        yield f"    left {count}: {reason}"
+    if len(reasons) > _SHOWN:
+        rest = sum(count for _, count in reasons[_SHOWN:])
+        yield f"    left {rest}: {len(reasons) - _SHOWN} more reasons (in the report)"
+
+
+def _precision_lines(result: Quantized) -> Iterable[str]:
+    edits = [e for e in result.report.edits if e.step == "precision"]
+    kept: dict[str, int] = {}
+    for edit in edits:
+        if edit.verb == "keep fp32":
+            kept[edit.reason] = kept.get(edit.reason, 0) + 1
+        else:
+            yield f"  {edit.verb} {edit.target}: {edit.reason}"
+    reasons = sorted(kept.items(), key=lambda item: -item[1])
+    if reasons:
+        yield f"  {sum(kept.values())} nodes stay FP32"
+    for reason, count in reasons[:_SHOWN]:
+        yield f"    {count}: {reason}"
+    if len(reasons) > _SHOWN:
+        rest = sum(count for _, count in reasons[_SHOWN:])
+        yield f"    {rest}: {len(reasons) - _SHOWN} more reasons (in the report)"
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"  {prefix}{name}: {value}"
+
+
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]
