@@ -97,9 +97,9 @@ def _inferred(opener: Opener, names: list[str], feed: Feed) -> tuple[dict[str, i
 def _in_growing_groups(
     opener: Opener, names: list[str], feed: Feed, largest: int, memory: int
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(name, values) of tensors of unknown size: as many at a time as fit if none exceeds `largest`.
+    """(name, values) of tensors of unknown size, at first as many as fit if all are `largest`.
 
-    What is found replaces that guess; four times as many at most are tried next.
+    The largest found replaces that guess; four times as many at most are tried next.
     """
     count, found = max(1, memory // max(1, largest)), 1
     while names:

@@ -18,7 +18,7 @@ import numpy as np
 from onnxq.calibrate.data import Feed, Samples
 from onnxq.calibrate.passes import MakeModel, Opener, fetch, fetch_all, plan
 from onnxq.calibrate.session import Device, Session
-from onnxq.calibrate.statistics import NotFiniteError, Statistic, as_float32, make
+from onnxq.calibrate.statistics import NotFiniteError, Statistic, as_float32, is_float, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
@@ -92,7 +92,7 @@ def ranges_of_all(
     opener = Opener(make_model, device, threads)
     for done, (name, values) in enumerate(fetch_all(opener, list(tensors), feed, memory), 1):
         progress("measure ranges", done, len(tensors))
-        if values.dtype.kind not in "biu":
+        if is_float(values.dtype):
             widened = as_float32(values)
             extremes = (widened.max(), -widened.min()) if widened.size else (0.0,)
             ranges[name] = float(np.max(extremes))  # NaN wins, as it should

@@ -25,7 +25,12 @@ from onnxq.calibrate.bins import MagnitudeBins
 from onnxq.errors import OnnxqError
 
 Array = NDArray[Any]
-_HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_FLOATS = (
+    np.dtype(np.float32),
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+    np.dtype(np.float64),
+)
 
 
 class NotFiniteError(Exception):
@@ -171,6 +176,11 @@ def make(names: str) -> dict[str, Statistic]:
     return made
 
 
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether ranges are kept of it: FP32, FP16, BF16, FP64."""
+    return dtype in _FLOATS
+
+
 def as_float32(values: Array) -> NDArray[np.float32]:
     """FP16 and BF16 widened (exact); FP32 as it is; FP64 rounded.
 
@@ -179,8 +189,9 @@ def as_float32(values: Array) -> NDArray[np.float32]:
     """
     if values.dtype == np.float32:
         return values
-    if values.dtype in _HALF or values.dtype == np.float64:
-        return values.astype(np.float32)
+    if is_float(values.dtype):
+        with np.errstate(over="ignore"):  # an FP64 beyond FP32 is infinite, and found so
+            return values.astype(np.float32)
     raise OnnxqError(
         f"ranges are kept of floating-point tensors, not of {values.dtype.name}",
         "leave this tensor out of the watched ones",
