@@ -11,10 +11,10 @@ from typing import Any
 
 import onnxq
 from onnxq import files
-from onnxq.engine import commands
+from onnxq.engine import commands, kernels
 from onnxq.engine.backends import Backend, choose, parse_targets
 from onnxq.engine.child import compile_all
-from onnxq.engine.coverage import Coverage, WeightedNode, cover, weight_bytes
+from onnxq.engine.coverage import Coverage, WeightedNode, cover
 from onnxq.engine.layers import EngineLayer
 from onnxq.engine.protocol import Outcome, Request
 from onnxq.engine.shapes import EngineInput, Profile, parse_shapes
@@ -135,7 +135,7 @@ def describe(result: BuildResult) -> dict[str, Any]:
         "inputs": [dataclasses.asdict(entry) for entry in result.inputs],
         "outputs": [dataclasses.asdict(entry) for entry in result.outputs],
         "engine_bytes": result.engine_bytes,
-        "weight_bytes": weight_bytes(result.layers),
+        "weight_bytes": kernels.weight_bytes(result.layers),
         "parse_seconds": result.parse_seconds,
         "compile_seconds": result.compile_seconds,
         "layers": len(result.layers),

@@ -8,27 +8,19 @@ the elementwise kernel that quantizes.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from onnxq.engine.layers import EngineLayer, Tensor
+from onnxq.engine import kernels
+from onnxq.engine.layers import EngineLayer
 from onnxq.engine.shapes import Profile
 
 Kind = Literal["gemm", "conv", "attention"]
 
 FUSED_ATTENTION_MINIMUM = 32
 """The shortest sequence a profile may start at for FP8 attention to fuse (tensorrt-rtx 1.7.1)."""
-
-_NARROW = ("int8", "fp8", "int4", "fp4")
-_FLOATS = ("fp32", "fp16", "bf16")
-_MULTIPLIES = ("gemm", "correlation", "convolution", "runtime_fusion", "gemv", "matmul")
-_ELEMENTWISE = "kgen"
-_RESHAPING = {"Cast", "Move", "Resh", "Tran", "Repl", "Conc", "Slic"}
-_QUANTIZING = _RESHAPING | {"Mul", "Div", "Min", "Max", "Roun"}
-_OPERATIONS = re.compile(r"^__myl_([A-Za-z]+?)_")
 
 
 @dataclass(frozen=True)
@@ -43,6 +35,11 @@ class WeightedNode:
     kind: Kind
     wanted: str
     parts: tuple[str, ...] = ()
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is meant to run in fewer than 16 bits."""
+        return self.wanted in kernels.NARROW
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,15 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Every node ran as it was meant to, in every profile."""
-        return all(entry.as_wanted for entry in self.nodes)
+        """Every node that is quantized ran in its format, in every profile."""
+        return all(entry.as_wanted or not entry.node.narrow for entry in self.nodes)
 
     @property
     def missed(self) -> tuple[NodeCoverage, ...]:
-        """The nodes that did not run as they were meant to, each with its reason."""
+        """The nodes that did not run as they were meant to, each with its reason.
+
+        Beside quantized nodes that may be attention that was left in float and did not fuse.
+        """
         return tuple(entry for entry in self.nodes if not entry.as_wanted)
 
     def counts(self, profile: int = 0) -> dict[str, dict[str, int]]:
@@ -161,24 +161,10 @@ def cover(
                 found.append(_cover_multiply(node, view, index))
     return Coverage(
         nodes=tuple(found),
-        quantize_alone=tuple(x.name for x in layers if _is_alone(x, quantize=True)),
-        dequantize_alone=tuple(x.name for x in layers if _is_alone(x, quantize=False)),
-        weight_bytes=weight_bytes(layers),
+        quantize_alone=tuple(x.name for x in layers if kernels.is_alone(x, quantize=True)),
+        dequantize_alone=tuple(x.name for x in layers if kernels.is_alone(x, quantize=False)),
+        weight_bytes=kernels.weight_bytes(layers),
     )
-
-
-def multiply_dtype(layer: EngineLayer) -> str:
-    """The dtype a layer multiplies in: `fp8`, or `fp16 x int4` where the two operands differ."""
-    left, right = _operands(layer)
-    return left if left == right else f"{left} x {right}"
-
-
-def weight_bytes(layers: Iterable[EngineLayer]) -> dict[str, int]:
-    """Bytes of the first profile's constants by dtype, largest first."""
-    sizes: Counter[str] = Counter()
-    for tensor in {t.name: t for x in layers if x.profile == 0 for t in x.constants}.values():
-        sizes[tensor.dtype] += tensor.nbytes
-    return dict(sizes.most_common())
 
 
 class _View:
@@ -199,21 +185,26 @@ class _View:
     def multiplies(self, name: str) -> EngineLayer | None:
         """The layer that does a node's multiplication, None when no such layer names it."""
         named = self.naming.get(name, [])
-        return next((x for x in named if x.kind in _MULTIPLIES or _is_attention(x)), None)
+        return next((x for x in named if kernels.multiplies(x)), None)
 
 
 def _cover_multiply(node: WeightedNode, view: _View, profile: int) -> NodeCoverage:
     layer = view.multiplies(node.name)
+    named = view.naming.get(node.name, [])
+    if layer is None and not named:
+        reason = "no compiled layer names it" if node.narrow else ""
+        return NodeCoverage(node, profile, "none", "", reason)
+    found = layer or named[0]
+    ran = kernels.multiply_dtype(found)
+    if not node.narrow:
+        return NodeCoverage(node, profile, ran, found.name)
     if layer is None:
-        named = view.naming.get(node.name, [])
-        if not named:
-            return NodeCoverage(node, profile, "none", "", "no compiled layer names it")
-        ran = multiply_dtype(named[0])
-        reason = "computed inside an elementwise kernel" if ran != node.wanted else ""
-        return NodeCoverage(node, profile, ran, named[0].name, reason)
-    ran = multiply_dtype(layer)
-    reason = "" if _satisfies(ran, node.wanted) else _why_not(layer, node.wanted, ran, view)
-    return NodeCoverage(node, profile, ran, layer.name, reason or _raw_sums(layer, view))
+        reason = "" if _satisfies(ran, node.wanted) else "computed inside an elementwise kernel"
+    elif _satisfies(ran, node.wanted):
+        reason = _raw_sums(layer, view)
+    else:
+        reason = _why_not(layer, node.wanted, ran, view)
+    return NodeCoverage(node, profile, ran, found.name, reason)
 
 
 def _satisfies(ran: str, wanted: str) -> bool:
@@ -223,18 +214,16 @@ def _satisfies(ran: str, wanted: str) -> bool:
 
 
 def _why_not(layer: EngineLayer, wanted: str, ran: str, view: _View) -> str:
-    if wanted not in _NARROW:
-        return f"ran in {ran}"
     for tensor in layer.inputs:
         maker = view.making.get(tensor.name)
-        if maker is None or tensor.dtype in _NARROW:
+        if maker is None or tensor.dtype in kernels.NARROW:
             continue
-        narrow = [t for t in maker.constants if t.dtype in _NARROW and t.elements > 1]
+        narrow = [t for t in maker.constants if t.dtype in kernels.NARROW and t.elements > 1]
         if narrow and not any(t.elements != 1 for t in maker.inputs):
             return f"its weight is expanded to {tensor.dtype} by {maker.name} on every call"
-        if any(t.dtype in _NARROW for t in maker.inputs):
+        if any(t.dtype in kernels.NARROW for t in maker.inputs):
             return f"its operand is expanded to {tensor.dtype} by {maker.name} first"
-    left, right = _operands(layer)
+    left, right = kernels.operands(layer)
     if right == wanted:
         return f"only its weight is {wanted}: it multiplies in {left}"
     return f"its layer ran with {ran} operands"
@@ -248,15 +237,15 @@ def _raw_sums(layer: EngineLayer, view: _View) -> str:
     vector. A sum of products of codes passes FP16's 65,504 at once.
     """
     outputs = [t for t in layer.outputs if t.dtype == "fp16"]
-    if layer.kind != "gemm" or not outputs or multiply_dtype(layer) not in ("int8", "fp8"):
+    if layer.kind != "gemm" or not outputs or kernels.multiply_dtype(layer) not in ("int8", "fp8"):
         return ""
     for tensor in outputs:
         for reader in view.reading.get(tensor.name, []):
-            scales = any(c.elements > 1 and c.dtype in _FLOATS for c in reader.constants)
-            if scales and reader.kind == _ELEMENTWISE and _share(reader, layer):
+            scales = any(c.elements > 1 and c.dtype in kernels.FLOATS for c in reader.constants)
+            if scales and kernels.is_elementwise(reader) and _share(reader, layer):
                 return (
-                    "the gemm stores unscaled sums in fp16, which can overflow: give its weight one "
-                    "scale, shared by all that multiply the same tensor"
+                    "the gemm stores unscaled sums in fp16, which can overflow: give its weight "
+                    "one scale, shared by all that multiply the same tensor"
                 )
     return ""
 
@@ -272,20 +261,20 @@ def _cover_attention(
     first, second = multiplies
     if first is None or second is None:
         return NodeCoverage(node, profile, "none", "", "no compiled layer names its two MatMuls")
-    if first is second and _is_attention(first):
-        dtype = _attention_dtype(first)
+    if first is second and kernels.is_attention(first):
+        dtype = kernels.attention_dtype(first)
         reason = "" if dtype == node.wanted else f"fused, but in {dtype}"
         return NodeCoverage(node, profile, f"fused {dtype}", first.name, reason)
-    kinds = " and ".join(f"a {multiply_dtype(x)} {x.kind}" for x in (first, second))
+    kinds = " and ".join(f"a {kernels.multiply_dtype(x)} {x.kind}" for x in (first, second))
     reason = f"not fused: {kinds}"
     if node.wanted == "fp8" and (short := _shortest(shapes)) is not None:
         reason += (
             f"; FP8 attention fuses in a profile whose sequence starts at "
             f"{FUSED_ATTENTION_MINIMUM} or more, and this one starts at {short}"
         )
-    elif "fp32" in multiply_dtype(first):
+    elif "fp32" in kernels.multiply_dtype(first):
         reason += "; attention fuses in FP16 and BF16 only"
-    ran = f"{multiply_dtype(first)} gemms"
+    ran = f"{kernels.multiply_dtype(first)} gemms"
     return NodeCoverage(node, profile, ran, first.name, reason)
 
 
@@ -298,51 +287,6 @@ def _shortest(shapes: Profile) -> int | None:
         if axis > 0 and low != high and low < FUSED_ATTENTION_MINIMUM
     ]
     return min(short, default=None)
-
-
-def _is_attention(layer: EngineLayer) -> bool:
-    return "mha" in layer.name
-
-
-def _attention_dtype(layer: EngineLayer) -> str:
-    # q, k and v are three of one dtype; a mask may stand among them in another.
-    dtypes = Counter(t.dtype for t in layer.inputs if t.dtype in (*_NARROW, *_FLOATS))
-    return dtypes.most_common(1)[0][0] if dtypes else "none"
-
-
-def _operands(layer: EngineLayer) -> tuple[str, str]:
-    """Dtypes of the activation and of the weight (or second activation).
-
-    Scalars and vectors beside them (alpha, bias) do not count, nor does a residual: a narrow
-    operand is always one of the two that are multiplied.
-    """
-    inputs = [t for t in layer.inputs if t.elements != 1]
-    constants = [t for t in layer.constants if t.elements > 1]
-    narrow_inputs = [t for t in inputs if t.dtype in _NARROW]
-    narrow_constants = [t for t in constants if t.dtype in _NARROW]
-    left = (narrow_inputs or inputs or constants or [Tensor("", (), "none")])[0].dtype
-    if narrow_constants:
-        return left, narrow_constants[0].dtype
-    if len(narrow_inputs) > 1:
-        return left, narrow_inputs[1].dtype
-    others = [t for t in inputs if t is not inputs[0]]
-    weight = max(constants, key=lambda t: t.elements, default=None)
-    if weight is not None and (len(weight.dims) > 1 or not others):
-        return left, weight.dtype
-    return left, (others[0].dtype if others else left)
-
-
-def _is_alone(layer: EngineLayer, *, quantize: bool) -> bool:
-    match = _OPERATIONS.match(layer.name)
-    if match is None or layer.kind != _ELEMENTWISE:
-        return False
-    operations = set(re.findall(r"[A-Z][a-z]*", match[1]))
-    if not operations <= _QUANTIZING or operations <= _RESHAPING - {"Cast"}:
-        return False
-    sources = [t for t in (*layer.inputs, *layer.constants) if t.elements != 1]
-    narrow_in = any(t.dtype in _NARROW for t in sources)
-    narrow_out = any(t.dtype in _NARROW for t in layer.outputs)
-    return (narrow_out and not narrow_in) if quantize else (narrow_in and not narrow_out)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -27,7 +27,7 @@ _SEPARATOR = re.compile(r"[\x1e\x1f]")
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], "
     r"Constants: \[(?P<constants>.*)\], Outputs: \[(?P<outputs>.*)\], "
-    r"TacticName: (?P<tactic>.*), StreamId: (?P<stream>-?\d+), Metadata: (?P<origins>.*)"
+    r"TacticName: (?P<tactic>.*), StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)"
 )
 _TENSOR = re.compile(
     r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[^\]]*\], "

@@ -1,0 +1,87 @@
+"""What one compiled layer does: pure readings of its name and of its operands' dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from onnxq.engine.layers import EngineLayer, Tensor
+
+NARROW = ("int8", "fp8", "int4", "fp4")
+FLOATS = ("fp32", "fp16", "bf16")
+
+_MULTIPLIES = ("gemm", "correlation", "convolution", "runtime_fusion", "gemv", "matmul")
+_ELEMENTWISE = "kgen"
+_RESHAPING = {"Cast", "Move", "Resh", "Tran", "Repl", "Conc", "Slic"}
+_QUANTIZING = _RESHAPING | {"Mul", "Div", "Min", "Max", "Roun"}
+_OPERATIONS = re.compile(r"^__myl_([A-Za-z]+?)_")
+
+
+def multiplies(layer: EngineLayer) -> bool:
+    """Whether the layer is a matrix product, a convolution or a fused attention."""
+    return layer.kind in _MULTIPLIES or is_attention(layer)
+
+
+def is_elementwise(layer: EngineLayer) -> bool:
+    """Whether the layer is a generated kernel that multiplies no matrices."""
+    return layer.kind == _ELEMENTWISE and not is_attention(layer)
+
+
+def multiply_dtype(layer: EngineLayer) -> str:
+    """The dtype a layer multiplies in: `fp8`, or `fp16 x int4` where the two operands differ."""
+    left, right = operands(layer)
+    return left if left == right else f"{left} x {right}"
+
+
+def weight_bytes(layers: Iterable[EngineLayer]) -> dict[str, int]:
+    """Bytes of the first profile's constants by dtype, largest first."""
+    sizes: Counter[str] = Counter()
+    for tensor in {t.name: t for x in layers if x.profile == 0 for t in x.constants}.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return dict(sizes.most_common())
+
+
+def is_attention(layer: EngineLayer) -> bool:
+    return "mha" in layer.name
+
+
+def attention_dtype(layer: EngineLayer) -> str:
+    # q, k and v are three of one dtype; a mask may stand among them in another.
+    dtypes = Counter(t.dtype for t in layer.inputs if t.dtype in (*NARROW, *FLOATS))
+    return dtypes.most_common(1)[0][0] if dtypes else "none"
+
+
+def operands(layer: EngineLayer) -> tuple[str, str]:
+    """Dtypes of the activation and of the weight (or second activation).
+
+    Scalars and vectors beside them (alpha, bias) do not count, nor does a residual: a narrow
+    operand is always one of the two that are multiplied.
+    """
+    inputs = [t for t in layer.inputs if t.elements != 1]
+    constants = [t for t in layer.constants if t.elements > 1]
+    narrow_inputs = [t for t in inputs if t.dtype in NARROW]
+    narrow_constants = [t for t in constants if t.dtype in NARROW]
+    left = (narrow_inputs or inputs or constants or [Tensor("", (), "none")])[0].dtype
+    if narrow_constants:
+        return left, narrow_constants[0].dtype
+    if len(narrow_inputs) > 1:
+        return left, narrow_inputs[1].dtype
+    others = [t for t in inputs if t is not inputs[0]]
+    weight = max(constants, key=lambda t: t.elements, default=None)
+    if weight is not None and (len(weight.dims) > 1 or not others):
+        return left, weight.dtype
+    return left, (others[0].dtype if others else left)
+
+
+def is_alone(layer: EngineLayer, *, quantize: bool) -> bool:
+    match = _OPERATIONS.match(layer.name)
+    if match is None or not is_elementwise(layer):
+        return False
+    operations = set(re.findall(r"[A-Z][a-z]*", match[1]))
+    if not operations <= _QUANTIZING or operations <= _RESHAPING - {"Cast"}:
+        return False
+    sources = [t for t in (*layer.inputs, *layer.constants) if t.elements != 1]
+    narrow_in = any(t.dtype in NARROW for t in sources)
+    narrow_out = any(t.dtype in NARROW for t in layer.outputs)
+    return (narrow_out and not narrow_in) if quantize else (narrow_in and not narrow_out)
