@@ -1,137 +1,41 @@
-"""The spine: load -> place -> calibrate -> convert -> emit -> save; then build and compare.
+"""The spine: load -> place -> calibrate -> convert -> emit -> save; then build, and compare.
 
 Every function imports what it needs when it is called, so that `import onnxq` stays light.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import onnxq
+from onnxq.base import Precision, convert_base, write_fp16
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
 from onnxq.recipe import load as load_recipe
-from onnxq.report import Edit, Report
+from onnxq.report import Report
+from onnxq.results import Built, Compared, Inspected, Quantized, Result
+from onnxq.samples import Data
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
+    from onnxq.calibrate.session import Device
     from onnxq.calibrate.table import CalibrationTable
-    from onnxq.engine.build import BuildResult
-    from onnxq.engine.coverage import Coverage
-    from onnxq.evaluate.comparison import Comparison
-    from onnxq.evaluate.layers import LayerErrors
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
 
-Precision = Literal["fp16", "bf16", "keep"]
-Device = Literal["auto", "cpu", "cuda"]
 PathLike = str | Path
 
 METADATA = "onnxq"
 """Key of the output's metadata_props that records the run, as JSON."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where samples come from: one of `path`, `text` with `tokenizer`, or `random`.
-
-    Attributes:
-        path: npz, folder of npy or npz, Polygraphy's JSON, or a loader script.
-        text: UTF-8 text for a language model; `tokenizer` is its tokenizer.json.
-        seq_len: tokens a window of text.
-        samples: how many windows of text, or random samples.
-        random: seed of random data, None for none.
-        batch: rows fed at a time where the model leaves the batch open.
-    """
-
-    path: PathLike | None = None
-    text: PathLike | None = None
-    tokenizer: PathLike | None = None
-    seq_len: int | None = None
-    samples: int | None = None
-    random: int | None = None
-    batch: int | None = None
-
-    @property
-    def given(self) -> bool:
-        """Whether there is any."""
-        return self.path is not None or self.text is not None or self.random is not None
-
-
-@dataclass
-class Result:
-    """What a verb gives back: a report to read, and whether its checks passed."""
-
-    report: Report
-    passed: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return self.report.as_dict()
-
-    def save(self, path: PathLike) -> None:
-        """Write the report as JSON."""
-        self.report.save(path)
-
-
-@dataclass
-class Quantized(Result):
-    """Result of `quantize`: the files written and the placement behind them."""
-
-    files: tuple[Path, ...] = ()
-    placement: Placement | None = field(default=None, repr=False)
-
-
-@dataclass
-class Built(Result):
-    """Result of `build`: the engine's description, and what each product became."""
-
-    engine: BuildResult | None = None
-    coverage: Coverage | None = None
-
-
-@dataclass
-class Compared(Result):
-    """Result of `compare`."""
-
-    comparison: Comparison | None = None
-    layers: LayerErrors | None = None
-
-
-def choose_recipe(
-    recipe: str | Recipe | None,
-    target: str,
-    rules: Sequence[str] = (),
-    calibrator: str | None = None,
-    data_given: bool = False,
-) -> tuple[Recipe, str]:
-    """The recipe to run and why: the one named, else the target's default without data."""
-    gpu = find_target(target)
-    if recipe is None:
-        if data_given:
-            name = "fp8" if gpu.runs("fp8") else "int8"
-            chosen, reason = (
-                load_recipe(name),
-                f"the data calibrates it, and {gpu.name} multiplies {name.upper()}",
-            )
-        else:
-            chosen, reason = default_for(gpu)
-    else:
-        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-        reason = "as asked"
-    if calibrator is not None:
-        check_calibrator(calibrator)
-        chosen = replace(chosen, calibrator=calibrator)
-    return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
 
 
 def quantize(
@@ -160,7 +64,7 @@ def quantize(
             recipe of the target.
         calib: calibration data (a path, or `Data`); dynamic recipes need none.
         precision: what an FP32 model becomes where it is not quantized.
-        io: `fp16` makes the floating-point inputs and outputs FP16 too.
+        io: `fp16` makes the floating-point inputs and outputs 16 bits wide too.
         rules: overrides such as `leave node=/fc1` (see `recipe.Rule`).
         calibrator: replaces the recipe's.
         memory: bytes of watched activations held at a time.
@@ -169,55 +73,48 @@ def quantize(
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
-    from onnxq.formats import quant_format
-    from onnxq.graph.model import Model
-    from onnxq.graph.prepare import prepare
     from onnxq.graph.save import save
-    from onnxq.placement import place
     from onnxq.transform import activation_ranges, apply_placement
 
     started = time.monotonic()
-    source = Path(model)
-    data = calib if isinstance(calib, Data) else Data(path=calib)
+    source, data = Path(model), Data.of(calib)
     chosen, reason = choose_recipe(
-        recipe, target, rules, calibrator, data.given or bool(load_calib)
+        recipe, target, rules, calibrator, has_ranges=data.given or bool(load_calib)
     )
     destination = _destination(source, output, chosen.name)
     _refuse_missing_data(chosen, data, load_calib)
     report = Report(f"recipe {chosen.name}: {reason}")
 
-    graph = Model.load(source)
-    original_nodes, bytes_before = len(graph.graph.nodes), _size(source, graph)
-    graph, edits = prepare(graph, quant_format(chosen.weights).min_opset)
-    report.extend(edits)
-    placement = place(graph, chosen, find_target(target))
-    if not placement.quantized:
-        report.notes.append("no node to quantize: only the base precision was applied")
-    samples = _open(graph, data, progress) if data.given else None
-    table = _calibration(graph, placement, samples, load_calib, memory, device, progress)
-    if table is not None and save_calib is not None:
-        table.save(Path(save_calib))
+    graph, placement = _placed(source, chosen, target, report)
+    before = _facts_before(graph)
+    samples = data.open(graph.inputs(), progress) if data.given else None
+    table = _calibrate(graph, placement, samples, load_calib, memory, device, progress)
+    if table is not None:
+        report.notes += table.notes
+        if save_calib is not None:
+            table.save(Path(save_calib))
     ranges = activation_ranges(placement, table) if table is not None else None
-    report.extend(
-        _convert(graph, placement, precision, io, table, samples, memory, device, progress)
+    report.edits += convert_base(
+        graph,
+        precision,
+        convert_io=io == "fp16",
+        samples=samples,
+        calibrated={n: table.range(n, "max") for n in table.statistics} if table else None,
+        device=device,
+        progress=progress,
     )
-    report.extend(apply_placement(graph, placement, ranges, progress))
+    report.edits += apply_placement(graph, placement, ranges, progress)
     _stamp(graph, chosen, target, precision, table)
     written = save(graph, destination, progress=progress)
 
-    sizes = sum(p.stat().st_size for p in written)
-    report.notes += _notes(table)
     report.facts.update(
-        model=source,
+        **before,
         output=written[0],
         files=written,
         target=target,
         recipe=chosen.as_dict(),
-        nodes=original_nodes,
         sites=_site_counts(placement),
-        bytes_before=bytes_before,
-        bytes_after=sizes,
-        fingerprint=graph.fingerprint,
+        bytes_after=sum(p.stat().st_size for p in written),
         calibration=table.digest if table else None,
         seconds=round(time.monotonic() - started, 2),
     )
@@ -230,24 +127,20 @@ def inspect(
     recipe: str | Recipe | None = None,
     target: str = DEFAULT_TARGET,
     rules: Sequence[str] = (),
-) -> Quantized:
-    """What the recipe would do with each site and why; or, of a model onnxq wrote, what was done."""
-    from onnxq.formats import quant_format
+) -> Inspected:
+    """What a recipe would do with each site and why; of a model onnxq wrote, what was done."""
     from onnxq.graph.model import Model
-    from onnxq.graph.prepare import prepare
-    from onnxq.placement import place
 
-    graph = Model.load(Path(model))
-    record = {e.key: e.value for e in graph.header.metadata_props}.get(METADATA)
-    if record is not None and recipe is None:
-        content = json.loads(record)
-        return Quantized(Report(f"written by onnxq {content.get('version', '?')}", dict(content)))
+    source = Path(model)
+    if recipe is None:
+        record = _record(Model.load(source))
+        if record is not None:
+            return Inspected(Report(f"written by onnxq {record.get('version', '?')}", record))
     chosen, reason = choose_recipe(recipe, target, rules)
-    graph, edits = prepare(graph, quant_format(chosen.weights).min_opset)
-    placement = place(graph, chosen, find_target(target))
-    report = Report(f"recipe {chosen.name}: {reason}", edits=edits)
+    report = Report(f"recipe {chosen.name}: {reason}")
+    _, placement = _placed(source, chosen, target, report)
     report.facts.update(
-        model=Path(model),
+        model=source,
         target=target,
         recipe=chosen.as_dict(),
         sites=_site_counts(placement),
@@ -263,7 +156,7 @@ def inspect(
             for d in placement.decisions
         ],
     )
-    return Quantized(report, True, (), placement)
+    return Inspected(report, True, placement)
 
 
 def build(
@@ -279,7 +172,7 @@ def build(
     """Compile a model into a TensorRT engine, and read what became of each product.
 
     Args:
-        output: default: beside the model, `<name>.plan`. The sidecar `<output>.json` is written too.
+        output: default: beside the model, `<name>.plan`. A sidecar `<output>.json` goes with it.
         target: compute capability, or several joined by commas (not for the backend `tensorrt`).
         shapes: `NAME:MIN[,OPT,MAX]`, once per dynamic input.
         strict: `passed` is False unless every quantized product runs in its format.
@@ -298,7 +191,7 @@ def build(
         source, destination, target=target, shapes=tuple(shapes), backend=backend, progress=progress
     )
     coverage = cover(built.layers, expected_products(graph), built.profiles)
-    report = Report(f"{source.name} compiled for {target}")
+    report = Report(f"{source.name} compiled for {target}", notes=list(built.warnings))
     report.facts.update(
         engine=destination,
         engine_bytes=built.engine_bytes,
@@ -312,7 +205,6 @@ def build(
             {"node": m.node.name, "wanted": m.node.wanted, "ran": m.ran, "reason": m.reason}
             for m in coverage.missed
         ],
-        warnings=list(built.warnings),
     )
     return Built(report, coverage.complete or not strict, built, coverage)
 
@@ -341,38 +233,91 @@ def compare(
         per_layer: where the error enters, tensor by tensor, on the first sample.
     """
     from onnxq.evaluate.compare import compare as compare_models
+    from onnxq.evaluate.watching import layer_errors
     from onnxq.graph.model import Model
 
-    reference, other = Path(model), Path(candidate)
-    given = data if isinstance(data, Data) else Data(path=data)
+    reference, other, given = Path(model), Path(candidate), Data.of(data)
     if not given.given:
         raise OnnxqError(
             "compare needs data",
             "give --data heldout.npz, --text with --tokenizer, or --random-data",
         )
+    if per_layer and other.suffix != ".onnx":
+        raise OnnxqError(
+            f"{other} is no ONNX model: its inner tensors cannot be compared",
+            "leave out --per-layer, or give the model that the engine was built from",
+        )
     graph = Model.load(reference)
-    samples = _open(graph, given, progress)
-    tolerances = {"min_snr": min_snr, "min_cosine": min_cosine, "max_abs_error": max_abs_error}
+    samples = given.open(graph.inputs(), progress)
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        models: dict[str, Path] = {"original": reference}
-        if fp16 and (half := _fp16_conversion(reference, Path(folder), samples, device)):
+        models = {"original": reference}
+        half = write_fp16(reference, Path(folder), samples=samples, device=device) if fp16 else None
+        if half is not None:
             models["fp16"] = half
         models["candidate"] = other
         comparison = compare_models(
             models,
             samples,
-            **tolerances,
+            min_snr=min_snr,
+            min_cosine=min_cosine,
+            max_abs_error=max_abs_error,
             device=device,
             save_outputs=Path(save_outputs) if save_outputs else None,
             progress=progress,
         )
-    layers = _per_layer(reference, other, samples, device, progress) if per_layer else None
-    facts: dict[str, Any] = {"model": reference, "candidate": other, **comparison.as_dict()}
-    if layers is not None:
-        facts["layers"] = layers.as_dict()
+    if per_layer:
+        errors = layer_errors(graph, Model.load(other), samples, device=device, progress=progress)
+        comparison = dataclasses.replace(comparison, layers={"candidate": errors})
     passed = all(row.passed for row in comparison.rows if row.candidate == "candidate")
-    report = Report(f"{other.name} against {reference.name}", facts)
-    return Compared(report, passed, comparison, layers)
+    facts = {"model": reference, "candidate": other, **comparison.as_dict()}
+    return Compared(Report(f"{other.name} against {reference.name}", facts), passed, comparison)
+
+
+def choose_recipe(
+    recipe: str | Recipe | None,
+    target: str,
+    rules: Sequence[str] = (),
+    calibrator: str | None = None,
+    *,
+    has_ranges: bool = False,
+) -> tuple[Recipe, str]:
+    """The recipe to run, and why.
+
+    Args:
+        has_ranges: whether there is data or a calibration table.
+    """
+    gpu = find_target(target)
+    if recipe is not None:
+        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        reason = "as asked"
+    elif has_ranges:
+        name = "fp8" if gpu.runs("fp8") else "int8"
+        chosen, reason = load_recipe(name), f"there is data, and {gpu.name} multiplies {name}"
+    else:
+        chosen, reason = default_for(gpu)
+    if calibrator is not None:
+        check_calibrator(calibrator)
+        if not chosen.needs_data:
+            raise OnnxqError(
+                f"recipe {chosen.name} has no ranges to calibrate", "leave out --calibrator"
+            )
+        chosen = dataclasses.replace(chosen, calibrator=calibrator)
+    return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
+
+
+def _placed(source: Path, recipe: Recipe, target: str, report: Report) -> tuple[Model, Placement]:
+    """Load, prepare and place; what that changed or found goes into the report."""
+    from onnxq.formats import quant_format
+    from onnxq.graph.model import Model
+    from onnxq.graph.prepare import prepare
+    from onnxq.placement import place
+
+    model, edits = prepare(Model.load(source), quant_format(recipe.weights).min_opset)
+    report.edits += edits
+    placement = place(model, recipe, find_target(target))
+    if not placement.quantized:
+        report.notes.append("there is no node to quantize")
+    return model, placement
 
 
 def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
@@ -395,32 +340,7 @@ def _refuse_missing_data(recipe: Recipe, data: Data, tables: Sequence[PathLike])
         )
 
 
-def _open(graph: Model, data: Data, progress: Progress) -> Samples:
-    from onnxq.calibrate.data import open_samples
-    from onnxq.calibrate.random_data import random_samples
-    from onnxq.calibrate.text import text_samples
-
-    inputs = graph.inputs()
-    if data.text is not None:
-        if data.tokenizer is None:
-            raise OnnxqError("text needs its tokenizer", "give --tokenizer tokenizer.json")
-        count = {} if data.samples is None else {"samples": data.samples}
-        return text_samples(
-            Path(data.text),
-            Path(data.tokenizer),
-            inputs,
-            seq_len=data.seq_len,
-            batch=data.batch,
-            progress=progress,
-            **count,
-        )
-    if data.path is not None:
-        return open_samples(data.path, inputs, batch=data.batch, progress=progress)
-    count = {} if data.samples is None else {"samples": data.samples}
-    return random_samples(inputs, seed=data.random or 0, progress=progress, **count)
-
-
-def _calibration(
+def _calibrate(
     graph: Model,
     placement: Placement,
     samples: Samples | None,
@@ -429,18 +349,17 @@ def _calibration(
     device: Device,
     progress: Progress,
 ) -> CalibrationTable | None:
-    """The ranges a static recipe needs: from saved tables, or from one pass over the data."""
+    """The statistics a static recipe needs: from saved tables, or from one pass over the data."""
     from onnxq.calibrate.run import calibrate
     from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
-    recipe = placement.recipe
-    if not recipe.needs_data:
+    if not placement.recipe.needs_data:
         return None
-    statistic = "amax" if recipe.calibrator == "max" else "histogram"
+    statistic = "amax" if placement.recipe.calibrator == "max" else "histogram"
     watched = dict.fromkeys(watched_tensors(placement), statistic)
     if not tables:
-        assert samples is not None
+        assert samples is not None  # `_refuse_missing_data` saw to it
         return calibrate(
             graph.session_model,
             watched,
@@ -455,83 +374,6 @@ def _calibration(
         table = table.merge(load_table(Path(path), graph.fingerprint))
     table.require(graph.fingerprint, watched)
     return table
-
-
-def _convert(
-    graph: Model,
-    placement: Placement,
-    precision: Precision,
-    io: str,
-    table: CalibrationTable | None,
-    samples: Samples | None,
-    memory: int | None,
-    device: Device,
-    progress: Progress,
-) -> list[Edit]:
-    """Bring an FP32 graph to its base precision; measured ranges decide where there is data."""
-    from onnxq.calibrate.run import ranges_of_all
-    from onnxq.graph.precision import BASES, apply_precision, is_fp32, plan_precision
-
-    if precision == "keep":
-        return []
-    sites = [d.site for d in placement.decisions if d.site.operand is not None]
-    halves = [s for s in sites if not is_fp32(s.node.inputs[0])]
-    if sites and len(halves) * 2 > len(sites):
-        return [Edit("precision", "keep", graph.path.name, "its layers are in 16 bits already")]
-    ranges: dict[str, float] = {}
-    if samples is not None and precision == "fp16":
-        names = [t.name for n in graph.graph.nodes for t in n.outputs if t.name and is_fp32(t)]
-        ranges = ranges_of_all(
-            graph.session_model,
-            names,
-            samples.largest(),
-            memory=memory,
-            device=device,
-            progress=progress,
-        )
-    if table is not None:
-        for name in table.statistics:
-            ranges[name] = max(ranges.get(name, 0.0), table.range(name, "max"))
-    plan = plan_precision(graph, BASES[precision], ranges)
-    return apply_precision(graph, plan, convert_io=io == "fp16")
-
-
-def _fp16_conversion(source: Path, folder: Path, samples: Samples, device: Device) -> Path | None:
-    """The model in FP16 and nothing else, or None where it is in 16 bits already."""
-    from onnxq.graph.model import Model
-    from onnxq.graph.prepare import prepare
-    from onnxq.graph.save import save
-    from onnxq.placement import Decision, Placement, find_sites
-
-    graph, _ = prepare(Model.load(source), 19)
-    sites = tuple(Decision(s, False, "") for s in find_sites(graph))
-    placement = Placement(load_recipe("fp8-dynamic"), find_target(DEFAULT_TARGET), sites)
-    edits = _convert(graph, placement, "fp16", "keep", None, samples, None, device, silent)
-    if any(e.verb == "keep" for e in edits):
-        return None
-    return save(graph, folder / "fp16.onnx", external=True)[0]
-
-
-def _per_layer(
-    reference: Path, candidate: Path, samples: Samples, device: Device, progress: Progress
-) -> LayerErrors:
-    from onnxq.evaluate.layers import per_layer
-    from onnxq.graph.model import Model
-    from onnxq.graph.query import float_tensors, label
-
-    first, second = Model.load(reference), Model.load(candidate)
-    theirs = set(float_tensors(second))
-    shared = [name for name in float_tensors(first) if name in theirs]
-    producers = {t.name: label(n) for n in first.graph.nodes for t in n.outputs}
-    return per_layer(
-        first.session_model,
-        second.session_model,
-        shared,
-        samples,
-        producers=producers,
-        device=device,
-        progress=progress,
-    )
 
 
 def _stamp(
@@ -550,6 +392,26 @@ def _stamp(
     entry.key, entry.value = METADATA, json.dumps(record, sort_keys=True)
 
 
+def _record(graph: Model) -> dict[str, Any] | None:
+    """The record of the run that wrote a model; None for a model of another hand."""
+    text = {e.key: e.value for e in graph.header.metadata_props}.get(METADATA)
+    try:
+        content = json.loads(text) if text is not None else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _facts_before(graph: Model) -> dict[str, Any]:
+    outside = sum(values.nbytes for values in graph.stored_outside())
+    return {
+        "model": graph.path,
+        "nodes": len(graph.graph.nodes),
+        "bytes_before": graph.path.stat().st_size + outside,
+        "fingerprint": graph.fingerprint,
+    }
+
+
 def _site_counts(placement: Placement) -> dict[str, Any]:
     """Per kind: how many sites, how many quantized; and the reasons for what is left."""
     counts: dict[str, Any] = {}
@@ -563,20 +425,11 @@ def _site_counts(placement: Placement) -> dict[str, Any]:
     return {**counts, "left": left}
 
 
-def _notes(table: CalibrationTable | None) -> Iterator[str]:
-    yield from table.notes if table is not None else ()
-
-
-def _size(source: Path, graph: Model) -> int:
-    """Bytes of the model file and of the external data its weights take."""
-    outside = sum(v.nbytes for v in graph.stored_outside())
-    return source.stat().st_size + outside
-
-
 __all__ = [
     "Built",
     "Compared",
     "Data",
+    "Inspected",
     "Quantized",
     "Result",
     "build",

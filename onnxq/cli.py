@@ -17,7 +17,8 @@ from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 
 if TYPE_CHECKING:
-    from onnxq.api import Data, Result
+    from onnxq.results import Result
+    from onnxq.samples import Data
 
 Command = Callable[..., Any]
 
@@ -95,7 +96,7 @@ def _data_options(flag: str, what: str) -> Callable[[Command], Command]:
 
 
 def _data(options: dict[str, Any]) -> Data:
-    from onnxq.api import Data
+    from onnxq.samples import Data
 
     given = ("text", "tokenizer", "seq_len", "samples", "random", "batch")
     return Data(path=options.pop("data_path"), **{name: options.pop(name) for name in given})
@@ -161,7 +162,7 @@ _RULES = click.option(
 @_REPORT
 @click.pass_obj
 def quantize(
-    progress: Any, model: Path, memory: str | None, report: Path | None, **options: Any
+    progress: Any, /, model: Path, memory: str | None, report: Path | None, **options: Any
 ) -> None:
     """Write a quantized copy of MODEL."""
     from onnxq import api
@@ -185,7 +186,7 @@ def quantize(
 @_RULES
 @_REPORT
 @click.pass_obj
-def inspect(progress: Any, model: Path, report: Path | None, **options: Any) -> None:
+def inspect(progress: Any, /, model: Path, report: Path | None, **options: Any) -> None:
     """Show what a recipe would do with each site of MODEL, and why."""
     from onnxq import api
     from onnxq.terminal import inspected_lines
@@ -212,7 +213,7 @@ def inspect(progress: Any, model: Path, report: Path | None, **options: Any) -> 
 @click.option("--strict", is_flag=True, help="Exit 1 if a quantized node did not end in 8 bits.")
 @_REPORT
 @click.pass_obj
-def build(progress: Any, model: Path, report: Path | None, **options: Any) -> None:
+def build(progress: Any, /, model: Path, report: Path | None, **options: Any) -> None:
     """Compile MODEL into a TensorRT engine and show what each layer became."""
     from onnxq import api
     from onnxq.terminal import built_lines
@@ -234,7 +235,7 @@ def build(progress: Any, model: Path, report: Path | None, **options: Any) -> No
 @_REPORT
 @click.pass_obj
 def compare(
-    progress: Any, model: Path, candidate: Path, report: Path | None, **options: Any
+    progress: Any, /, model: Path, candidate: Path, report: Path | None, **options: Any
 ) -> None:
     """Run MODEL, its FP16 conversion and CANDIDATE on the same data, side by side."""
     from onnxq import api
@@ -264,7 +265,7 @@ def evaluate() -> None:
 @_REPORT
 @click.pass_obj
 def perplexity(
-    progress: Any, model: Path, text: Path, tokenizer: Path, report: Path | None, **options: Any
+    progress: Any, /, model: Path, text: Path, tokenizer: Path, report: Path | None, **options: Any
 ) -> None:
     """Perplexity of a language model on a text."""
     from onnxq.evaluate.perplexity import perplexity as measure

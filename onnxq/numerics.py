@@ -17,6 +17,14 @@ from onnxq.formats import QuantFormat
 FloatArray = npt.NDArray[Any]
 
 
+class NotFiniteError(ValueError):
+    """Values that hold NaN or infinity: no scale fits them."""
+
+
+class ScaleRangeError(ValueError):
+    """A range whose scale the scale's type cannot hold."""
+
+
 def amax(values: FloatArray, axis: int | None = None) -> FloatArray:
     """Largest magnitude: a scalar, or one for each index along `axis` (float32).
 
@@ -27,7 +35,8 @@ def amax(values: FloatArray, axis: int | None = None) -> FloatArray:
     else:
         others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
         low, high = values.min(axis=others, initial=0), values.max(axis=others, initial=0)
-    return np.maximum(np.float32(0) + high, -(np.float32(0) + low)).astype(np.float32)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which `scale_for` names
+        return np.maximum(np.float32(0) + high, -(np.float32(0) + low)).astype(np.float32)
 
 
 def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
@@ -35,28 +44,66 @@ def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> Float
 
     The result is rounded to `dtype` first: codes are computed with the scale that is stored.
     A zero peak (an all-zero channel) gets the largest scale of the others, or 1: its codes are zero
-    whatever the scale.
+    whatever the scale. No scale is below the least normal number of `dtype`: its reciprocal, by
+    which a compiler multiplies, must be finite too.
 
     Raises:
-        ValueError: a peak is not finite, or its scale overflows `dtype`.
+        NotFiniteError: a peak is NaN or infinite.
+        ScaleRangeError: a scale overflows `dtype`.
     """
     peak = np.asarray(peak, np.float32)
     if not np.isfinite(peak).all():
-        raise ValueError("the range is not finite")
+        raise NotFiniteError("NaN or infinite values")
     limits = _finfo(dtype)
     wanted = peak.astype(np.float64) / fmt.qmax
     wanted = np.where(peak > 0, wanted, wanted.max(initial=0) or 1.0)
-    # Below the smallest normal number a scale loses its digits; the codes then just stay small.
-    scale = np.maximum(wanted, float(limits.smallest_normal)).astype(dtype)
-    if not np.isfinite(scale.astype(np.float32)).all():
-        raise ValueError(f"a scale of {wanted.max():.3g} overflows {np.dtype(dtype).name}")
-    return np.asarray(scale)
+    if wanted.max(initial=0) > float(limits.max):
+        raise ScaleRangeError(
+            f"a range of {peak.max():.3g} needs a scale that overflows {np.dtype(dtype).name}"
+        )
+    return np.asarray(np.maximum(wanted, float(limits.smallest_normal)).astype(dtype))
+
+
+def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
+    """The scale of an activation measured at `peak`.
+
+    Unlike a weight, whose codes are made here, an activation's values are not known: a range that
+    was never seen to leave 0 says nothing, and one whose scale had to be raised to the least normal
+    number by more than half a bit leaves codes unused.
+
+    Raises:
+        NotFiniteError: the peak is NaN or infinite.
+        ScaleRangeError: the peak is 0, or `dtype` holds no scale for it.
+    """
+    if peak == 0:
+        raise ScaleRangeError("its input was 0 throughout the calibration")
+    scale = scale_for(np.float32(peak), fmt, dtype)
+    if float(scale) * fmt.qmax > 1.5 * peak:
+        raise ScaleRangeError(
+            f"a range of {peak:.3g} needs a scale below the normal numbers of "
+            f"{np.dtype(dtype).name}"
+        )
+    return scale
 
 
 def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArray:
-    """One scale in `dtype` for several weights: the geometric mean, at least the least normal."""
-    mean = np.exp(np.log(np.concatenate([np.ravel(s) for s in scales]).astype(np.float64)).mean())
-    return np.maximum(mean, float(_finfo(dtype).smallest_normal)).astype(dtype)
+    """One scale in `dtype` for several weights: a power of two near their geometric mean.
+
+    A code times a power of two is exact in any type. It lies at most 2^14 below the largest scale,
+    so that every `scale_ratios` is finite in FP16, and is a normal number of `dtype`.
+
+    Raises:
+        ScaleRangeError: the largest scale is beyond `dtype`.
+    """
+    logs = np.log2(np.concatenate([np.ravel(s) for s in scales]).astype(np.float64))
+    limits = _finfo(dtype)
+    largest = float(logs.max())
+    if largest > np.log2(float(limits.max)):
+        raise ScaleRangeError(f"a scale of {2**largest:.3g} overflows {np.dtype(dtype).name}")
+    exponent = max(np.rint(logs.mean()), np.ceil(largest) - 14)
+    exponent = np.clip(exponent, np.log2(float(limits.smallest_normal)), np.floor(largest))
+    exponent = max(exponent, np.log2(float(limits.smallest_normal)))
+    return np.asarray(2.0**exponent).astype(dtype)
 
 
 def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
@@ -72,9 +119,12 @@ def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
 def quantize(
     values: FloatArray, scale: FloatArray, fmt: QuantFormat, axis: int | None = None
 ) -> FloatArray:
-    """Codes of `values`: round_half_even(values / scale), saturated (ONNX QuantizeLinear).
+    """Codes of `values`: round_half_even(values / scale), saturated at +-qmax.
+
+    ONNX QuantizeLinear, but that INT8 saturates at -127, not at -128: weights are symmetric.
 
     Args:
+        values: finite.
         scale: a scalar, or one value for each index along `axis`.
 
     Returns:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
-    from onnxq.api import Built, Compared, Quantized
+    from onnxq.results import Built, Compared, Inspected, Quantized
 
 _QUIET_FIRST = 2.0
 _EVERY = 0.2
@@ -94,7 +94,7 @@ def quantized_lines(result: Quantized) -> list[str]:
     return lines + _notes(result.report.notes)
 
 
-def inspected_lines(result: Quantized) -> list[str]:
+def inspected_lines(result: Inspected) -> list[str]:
     """What a recipe would do, site by site; or the record in a model onnxq wrote."""
     if result.placement is None:
         return [result.report.title, *_flat(result.report.facts)]
@@ -109,8 +109,7 @@ def inspected_lines(result: Quantized) -> list[str]:
 def compared_lines(result: Compared) -> list[str]:
     """The comparison's table, and where the error enters if that was asked for."""
     assert result.comparison is not None
-    lines = result.comparison.lines()
-    return lines + (result.layers.lines() if result.layers is not None else [])
+    return result.comparison.lines()
 
 
 def built_lines(result: Built) -> list[str]:
@@ -132,7 +131,7 @@ def built_lines(result: Built) -> list[str]:
     lines.append(
         f"wrote {facts['engine']}: {megabytes(facts['engine_bytes'])}, and {facts['engine']}.json"
     )
-    return lines + _notes(dict.fromkeys(facts["warnings"]))
+    return lines + _notes(dict.fromkeys(result.report.notes))
 
 
 def _site_lines(sites: dict[str, Any]) -> Iterable[str]:

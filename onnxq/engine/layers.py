@@ -37,6 +37,8 @@ _PROFILE = re.compile(r"\[profile (\d+)\]")
 _GROUP = re.compile(r"_myl(\d+)_\d+$")
 
 _DTYPES = {
+    "fp32": "fp32",
+    "fp16": "fp16",
     "float": "fp32",
     "half": "fp16",
     "bfloat16": "bf16",
@@ -177,9 +179,13 @@ def _origins(metadata: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def dtype_word(word: str) -> str:
-    """Our word for the compiler's: `fp16` for `Half`; an unknown one in lower case."""
-    return _DTYPES.get(word.strip().lower(), word.strip().lower())
+def dtype_word(text: str) -> str:
+    """Our word for the compiler's: `fp16` for `Half` or `Row major linear FP16 format`.
+
+    An unknown word comes back in lower case.
+    """
+    words = re.findall(r"\w+", text.lower())
+    return next((_DTYPES[word] for word in words if word in _DTYPES), text.strip().lower())
 
 
 def _with_profiles(layers: list[EngineLayer]) -> list[EngineLayer]:

@@ -209,11 +209,15 @@ class Model:
             outputs: the only outputs wanted, of any tensors of the main graph; what they do not
                 need is cut away. None: the model's own.
         """
+        proto, folder = self.session_proto(outputs)
+        return proto.SerializeToString(deterministic=True), folder
+
+    def session_proto(self, outputs: Sequence[str] | None = None) -> tuple[onnx.ModelProto, Path]:
+        """As `session_model`, before it is serialized."""
         proto = self.export()
         if outputs is not None:
             _cut(proto.graph, outputs)
-        folder = self.restore_references(proto, resolve=True)
-        return proto.SerializeToString(deterministic=True), folder
+        return proto, self.restore_references(proto, resolve=True)
 
     def restore_references(self, proto: onnx.ModelProto, resolve: bool = False) -> Path:
         """Point the EXTERNAL tensors of an exported proto at the files they lie in.

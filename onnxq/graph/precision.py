@@ -87,6 +87,10 @@ _ANGLE = (
     "Slice",
     "Gather",
 )
+_CARRIES_MASK = frozenset(
+    "Where Add Sub Mul Expand Cast Concat Slice Gather Reshape Transpose Unsqueeze Squeeze Identity "
+    "Min Max Clip Tile".split()
+)
 _RANGE_MARGIN = 0.9
 
 
@@ -280,16 +284,23 @@ def _clamp_to(node: gs.Node, index: int, finite: Any, base: Base) -> float | Non
 def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]) -> None:
     limit = plan.base.largest * _RANGE_MARGIN
     tensors = model.graph.tensors()
+    masked = _masked(model, plan)
     for name, amax in ranges.items():
         tensor = tensors.get(name)
-        if amax <= limit or tensor is None or not is_fp32(tensor):
-            continue
-        source = producer(tensor)
-        mask = source is not None and any(t.name in plan.clamped for t in source.inputs)
-        if mask:
+        if amax <= limit or tensor is None or not is_fp32(tensor) or name in masked:
             continue
         for node in (*tensor.inputs, *tensor.outputs):
             plan.kept.setdefault(id(node), f"{name!r} was measured at {amax:.3g}")
+
+
+def _masked(model: Model, plan: PrecisionPlan) -> set[str]:
+    """Tensors whose huge values are a mask's fill, which is clamped; softmax ends its reach."""
+    reached: set[str] = set()
+    for node in model.graph.nodes:
+        sources = {t.name for t in node.inputs}
+        if sources & plan.clamped.keys() or (node.op in _CARRIES_MASK and sources & reached):
+            reached |= {t.name for t in node.outputs}
+    return reached
 
 
 def _follow_divisors(model: Model, plan: PrecisionPlan) -> None:

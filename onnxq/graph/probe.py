@@ -1,0 +1,43 @@
+"""Models that measure themselves: max |x| of float tensors as scalar outputs.
+
+ONNX Runtime computes the maxima while it runs, so that nothing but scalars leaves it, whatever the
+activations weigh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq.graph.model import Model
+from onnxq.graph.query import type_word
+
+_GROUP = 1000
+"""Tensors a probe. ONNX Runtime keeps some of what is measured until the end of a run; smaller
+groups hold less and run the beginning of the model more often."""
+
+
+def range_probes(model: Model) -> Iterator[tuple[bytes, Path, dict[str, str]]]:
+    """For every group of tensors: a serialized probe, the folder of its weights, and
+    {output name: tensor}; all FP32 and FP16 tensors of the main graph, each once."""
+    tensors = [t for n in model.graph.nodes for t in n.outputs if _measurable(t)]
+    for start in range(0, len(tensors), _GROUP):
+        names = {f"onnxq_probe_{i}": t.name for i, t in enumerate(tensors[start : start + _GROUP])}
+        proto, folder = model.session_proto(list(names.values()))
+        del proto.graph.output[:]
+        # ONNX Runtime visits the last output first: shallow tensors last, or all would be kept.
+        for output, name in reversed(names.items()):
+            magnitude = f"{output}_abs"
+            proto.graph.node.append(onnx.helper.make_node("Abs", [name], [magnitude]))
+            proto.graph.node.append(
+                onnx.helper.make_node("ReduceMax", [magnitude], [output], keepdims=0)
+            )
+            proto.graph.output.append(onnx.ValueInfoProto(name=output))
+        yield proto.SerializeToString(deterministic=True), folder, names
+
+
+def _measurable(tensor: gs.Tensor) -> bool:
+    return bool(tensor.name) and type_word(tensor) in ("fp32", "fp16")
