@@ -177,6 +177,7 @@ class Attention:
     between: tuple[gs.Node, ...]
 
 
+_AFTER_SOFTMAX = ("Cast", "Where", "QuantizeLinear", "DequantizeLinear")
 _SOFTMAX_TO_SCORES = ("Add", "Mul", "Div", "Where", "Cast", "Clip")
 
 
@@ -196,7 +197,7 @@ def _attention(softmax: gs.Node) -> Attention | None:
     after = []
     while values.op != "MatMul":
         consumers = values.outputs[0].outputs
-        if len(consumers) != 1 or (values is not softmax and values.op not in ("Cast", "Where")):
+        if len(consumers) != 1 or (values is not softmax and values.op not in _AFTER_SOFTMAX):
             return None
         values = consumers[0]
         after.append(values)
