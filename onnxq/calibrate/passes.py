@@ -17,6 +17,8 @@ from onnxq.errors import OnnxqError
 # away, and the folder that its external weights are read from.
 MakeModel = Callable[[Sequence[str]], tuple[bytes, Path]]
 
+_DOUBT = 8  # how much larger than the guess a tensor of unknown size may be before it is measured
+
 
 class Opener:
     """Opens the model with the outputs asked for; a session to `keep` serves the next such call."""
@@ -46,7 +48,7 @@ def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> li
     sizes, largest = _inferred(opener, names, feed)
     memory = _allowance(1.0, 1 << 30) if memory is None else memory
     unknown = [name for name in names if name not in sizes]
-    if sum(sizes.values()) + len(unknown) * largest > memory:
+    if unknown and sum(sizes.values()) + len(unknown) * largest * _DOUBT > memory:
         measured = _in_growing_groups(opener, unknown, feed, largest, memory)
         sizes |= {name: values.nbytes for name, values in measured}
     return _packed(names, {name: sizes.get(name, largest) for name in names}, memory)

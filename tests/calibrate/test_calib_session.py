@@ -1,0 +1,147 @@
+"""ONNX Runtime sessions: types it cannot hand out itself, options it needs, errors in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from calib_models import chain, model
+from onnx import TensorProto, helper
+
+from onnxq.calibrate.session import open_session
+from onnxq.errors import OnnxqError
+
+pytest.importorskip("onnxruntime")
+
+
+def test_inputs_and_outputs_are_seen_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(chain(), path)
+    for source in (path, path.read_bytes()):
+        session = open_session(source)
+        (spec,) = session.inputs
+        assert str(spec) == "x[batch,seq,8] float32"
+        assert session.output_names == ("a2",)
+        assert session.notes == ()
+        x = np.ones((2, 3, 8), np.float32)
+        (found,) = session.run(None, {"x": x})
+        assert found.shape == (2, 3, 8)
+
+
+def test_external_weights_are_read_in_place_and_nothing_is_written(tmp_path: Path) -> None:
+    proto = chain(width=64)
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0)
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()}
+    content = onnx.load(tmp_path / "m.onnx", load_external_data=False).SerializeToString()
+    x = {"x": np.ones((1, 2, 64), np.float32)}
+    (found,) = open_session(content, folder=tmp_path).run(None, x)
+    (expected,) = open_session(chain(width=64).SerializeToString()).run(None, x)
+    assert np.array_equal(found, expected)
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()} == before
+    with pytest.raises(OnnxqError, match="cannot load"):
+        open_session(content, folder=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        (TensorProto.BFLOAT16, ml_dtypes.bfloat16),
+        (TensorProto.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn),
+        (TensorProto.FLOAT16, np.float16),
+    ],
+)
+def test_small_floats_come_out_as_what_they_are(kind: int, dtype: type) -> None:
+    node = helper.make_node("Cast", ["x"], ["y"], to=kind)
+    proto = model([node], {"x": (TensorProto.FLOAT, ["n"])}, {"y": kind})
+    session = open_session(proto.SerializeToString())
+    values = np.array([1, 2.5, -3, 0.1], np.float32)
+    (found,) = session.run(["y"], {"x": values})
+    assert found.dtype == dtype
+    assert np.array_equal(found, values.astype(dtype))
+    (empty,) = session.run(["y"], {"x": values[:0]})
+    assert empty.shape == (0,)
+
+
+def test_bf16_goes_in() -> None:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    proto = model([node], {"x": (TensorProto.BFLOAT16, ["n"])}, {"y": TensorProto.FLOAT})
+    session = open_session(proto.SerializeToString())
+    values = np.array([1, 2.5, -3], ml_dtypes.bfloat16)
+    assert session.run(None, {"x": values})[0].tolist() == [1, 2.5, -3]
+
+
+def fp8_product(scale_type: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """x -> Q/DQ in FP8 -> MatMul with an FP8 weight of ones."""
+    numpy_type = helper.tensor_dtype_to_np_dtype(scale_type)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
+        helper.make_node("MatMul", ["d", "v"], ["y"]),
+    ]
+    proto = model(
+        nodes, {"x": (scale_type, ["n", 4])}, {"y": scale_type}, {"s": np.array(1, numpy_type)}
+    )
+    for name, shape in (("z", []), ("w", [4, 4])):
+        value = np.full(shape, 0 if name == "z" else 1).astype(ml_dtypes.float8_e4m3fn).tobytes()
+        proto.graph.initializer.append(
+            helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, shape, value, raw=True)
+        )
+    return proto
+
+
+def test_fp8_layers_that_onnx_runtime_fuses_wrongly_still_load_and_it_is_said() -> None:
+    session = open_session(fp8_product().SerializeToString())
+    (note,) = session.notes
+    assert "session.disable_quant_qdq=1" in note
+    (found,) = session.run(None, {"x": np.ones((1, 4), np.float32)})
+    assert found.tolist() == [[4.0] * 4]
+
+
+def test_fp8_layers_that_load_by_themselves_get_no_option() -> None:
+    assert open_session(fp8_product(TensorProto.FLOAT16).SerializeToString()).notes == ()
+
+
+def test_what_cannot_be_loaded_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = model(
+        [helper.make_node("NoSuchOperator", ["x"], ["y"])],
+        {"x": (TensorProto.FLOAT, ["n"])},
+        {"y": TensorProto.FLOAT},
+    )
+    for source in (b"", b"junk" * 10, bad.SerializeToString(), tmp_path / "none.onnx"):
+        with pytest.raises(OnnxqError, match="cannot load") as error:
+            open_session(source)
+        assert "\n" not in str(error.value)
+    words = model(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        {"x": (TensorProto.STRING, ["n"])},
+        {"y": TensorProto.STRING},
+    )
+    with pytest.raises(OnnxqError, match="string"):
+        open_session(words.SerializeToString())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_run_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    session = open_session(chain().SerializeToString())
+    for feed in ({}, {"x": np.ones((1, 2, 9), np.float32)}, {"x": np.ones((1, 8), np.float32)}):
+        with pytest.raises(OnnxqError, match="could not run") as error:
+            session.run(None, feed)
+        assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cuda_that_is_not_there_is_refused_and_auto_is_content() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    content = chain().SerializeToString()
+    assert open_session(content, device="auto").provider == "CPUExecutionProvider"
+    with pytest.raises(OnnxqError, match="'cuda' was asked for"):
+        open_session(content, device="cuda")
