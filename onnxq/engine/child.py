@@ -58,7 +58,7 @@ def compile_all(
         lines = results.read_text().splitlines() if results.exists() else []
         if code != 0 or len(lines) < len(requests):
             pending = requests[min(len(lines), len(requests) - 1)]
-            raise _death(code, errors.read_text(errors="replace"), pending)
+            raise _death(code, errors.read_text(errors="replace"), pending, memory_limit)
         return [answer_from_json(json.loads(line)) for line in lines]
 
 
@@ -111,12 +111,20 @@ def _end(child: subprocess.Popen[str]) -> None:
         child.stdin.close()
 
 
-def _death(code: int, errors: str, pending: Request) -> OnnxqError:
+def _death(code: int, errors: str, pending: Request, memory_limit: int | None) -> OnnxqError:
     lines = [line for line in errors.splitlines() if line.strip()]
     last = lines[-1].strip() if lines else ""
     if any(sign in errors for sign in _OUT_OF_MEMORY):
         return OnnxqError(
             f"compiling {pending.model} ran out of memory", "raise the limit or free memory"
+        )
+    name = signal.Signals(-code).name if code < 0 else f"exit {code}"
+    if code < 0 and memory_limit is not None:
+        # The compiler does not look at what a failed allocation returns.
+        return OnnxqError(
+            f"compiling {pending.model} crashed within its limit of "
+            f"{memory_limit >> 20:,} MiB of memory ({name})",
+            "raise the limit",
         )
     if code == -signal.SIGKILL:
         return OnnxqError(
@@ -124,6 +132,5 @@ def _death(code: int, errors: str, pending: Request) -> OnnxqError:
             "free memory, use smaller maximum shapes, or compile on a larger machine",
         )
     if code < 0:
-        name = signal.Signals(-code).name
         return OnnxqError(f"the compiler crashed on {pending.model} ({name})", last)
-    return OnnxqError(f"compiling {pending.model} ended without an answer (exit {code})", last)
+    return OnnxqError(f"compiling {pending.model} ended without an answer ({name})", last)

@@ -69,7 +69,7 @@ def operands(layer: EngineLayer) -> tuple[str, str]:
         return left, narrow_inputs[1].dtype
     others = [t for t in inputs if t is not inputs[0]]
     weight = max(constants, key=lambda t: t.elements, default=None)
-    if weight is not None and (len(weight.dims) > 1 or not others):
+    if weight is not None and (sum(d != 1 for d in weight.dims) > 1 or not others):
         return left, weight.dtype
     return left, (others[0].dtype if others else left)
 

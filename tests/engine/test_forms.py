@@ -32,28 +32,28 @@ TARGETS = ("sm80", "sm89", "sm120")
 
 # Name: (builder's keywords, what its multiplications run in). `{}` stands for int8 and fp8.
 LINEAR = {
-    "linear static scales": dict(),
-    "linear static scales fp32": dict(base="fp32"),
-    "linear static scales bf16": dict(base="bf16"),
-    "linear static scales per channel fp32": dict(base="fp32", weight="channel"),
-    "linear dynamic": dict(dynamic=True),
-    "linear dynamic fp32": dict(dynamic=True, base="fp32"),
-    "linear dynamic bf16": dict(dynamic=True, base="bf16"),
-    "linear dynamic no bias": dict(dynamic=True, bias=False),
-    "gemm dynamic, bias after the rescale": dict(dynamic=True, gemm=True),
-    "one m for q, k, v": dict(dynamic=True, consumers=3),
-    "one scale for q, k, v": dict(consumers=3),
+    "linear static scales": {},
+    "linear static scales fp32": {"base": "fp32"},
+    "linear static scales bf16": {"base": "bf16"},
+    "linear static scales per channel fp32": {"base": "fp32", "weight": "channel"},
+    "linear dynamic": {"dynamic": True},
+    "linear dynamic fp32": {"dynamic": True, "base": "fp32"},
+    "linear dynamic bf16": {"dynamic": True, "base": "bf16"},
+    "linear dynamic no bias": {"dynamic": True, "bias": False},
+    "gemm dynamic, bias after the rescale": {"dynamic": True, "gemm": True},
+    "one m for q, k, v": {"dynamic": True, "consumers": 3},
+    "one scale for q, k, v": {"consumers": 3},
 }
 CONV = {
-    "conv static scales": dict(),
-    "conv static scales per channel": dict(weight="channel"),
-    "conv static scales fp32": dict(base="fp32"),
-    "conv dynamic": dict(dynamic=True),
-    "conv dynamic bf16": dict(dynamic=True, base="bf16"),
-    "conv dynamic, 3 channels": dict(dynamic=True, channels=(3, 32)),
-    "conv dynamic, depthwise": dict(dynamic=True, channels=(32, 32), group=32),
-    "conv dynamic, groups": dict(dynamic=True, channels=(64, 64), group=4),
-    "conv dynamic, 1x1": dict(dynamic=True, kernel=1),
+    "conv static scales": {},
+    "conv static scales per channel": {"weight": "channel"},
+    "conv static scales fp32": {"base": "fp32"},
+    "conv dynamic": {"dynamic": True},
+    "conv dynamic bf16": {"dynamic": True, "base": "bf16"},
+    "conv dynamic, 3 channels": {"dynamic": True, "channels": (3, 32)},
+    "conv dynamic, depthwise": {"dynamic": True, "channels": (32, 32), "group": 32},
+    "conv dynamic, groups": {"dynamic": True, "channels": (64, 64), "group": 4},
+    "conv dynamic, 1x1": {"dynamic": True, "kernel": 1},
 }
 
 
@@ -89,17 +89,17 @@ def attention_forms() -> dict[str, tuple[Form, str]]:
         forms[f"fp8 attention from {minimum}"] = (attention("fp8", minimum=minimum), ran)
     forms["int8 attention from 32"] = (attention("int8"), "int8 gemms")
     variants = {
-        "Q/DQ before the heads are repeated": dict(where="before"),
-        "softmax in fp32": dict(softmax32=True),
-        "softmax in fp32, boolean mask": dict(softmax32=True, mask="where"),
-        "boolean mask": dict(mask="where"),
-        "no mask": dict(mask="none"),
-        "scale on q and k": dict(scale="both"),
-        "scale on the scores": dict(scale="scores"),
-        "one head a head": dict(heads=(4, 4)),
-        "heads of 32": dict(size=32),
-        "heads of 128": dict(size=128),
-        "bf16 base": dict(base="bf16"),
+        "Q/DQ before the heads are repeated": {"where": "before"},
+        "softmax in fp32": {"softmax32": True},
+        "softmax in fp32, boolean mask": {"softmax32": True, "mask": "where"},
+        "boolean mask": {"mask": "where"},
+        "no mask": {"mask": "none"},
+        "scale on q and k": {"scale": "both"},
+        "scale on the scores": {"scale": "scores"},
+        "one head a head": {"heads": (4, 4)},
+        "heads of 32": {"size": 32},
+        "heads of 128": {"size": 128},
+        "bf16 base": {"base": "bf16"},
     }
     for name, keywords in variants.items():
         forms[f"fp8 attention, {name}"] = (attention("fp8", **keywords), "fused fp8")  # type: ignore[arg-type]

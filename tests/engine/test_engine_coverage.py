@@ -1,0 +1,226 @@
+"""Coverage from layers made by hand: dtypes of multiplications, and why one falls short."""
+
+from __future__ import annotations
+
+import pytest
+
+from onnxq.engine.coverage import Coverage, WeightedNode, cover
+from onnxq.engine.kernels import multiply_dtype, weight_bytes
+from onnxq.engine.layers import EngineLayer, Tensor
+from onnxq.engine.shapes import parse_shapes
+
+
+def tensor(text: str) -> Tensor:
+    """`x fp8 -1,64` as a Tensor."""
+    name, dtype, dims = text.split(" ")
+    return Tensor(name, tuple(int(d) for d in dims.split(",")), dtype)
+
+
+def layer(
+    name: str,
+    kind: str,
+    inputs: str = "",
+    constants: str = "",
+    outputs: str = "",
+    nodes: str = "",
+    profile: int = 0,
+) -> EngineLayer:
+    def tensors(text: str) -> tuple[Tensor, ...]:
+        return tuple(tensor(part) for part in text.split("; ") if part)
+
+    return EngineLayer(
+        name,
+        kind,
+        tensors(inputs),
+        tensors(constants),
+        tensors(outputs),
+        tuple(nodes.split()),
+        profile,
+    )
+
+
+SCALARS = "alpha fp32 1; beta fp32 1"
+
+
+def gemm(dtypes: str, nodes: str = "a", out: str = "y fp16 -1,96", profile: int = 0) -> EngineLayer:
+    left, right = dtypes.split()
+    return layer(
+        "a_myl0_1",
+        "gemm",
+        f"x {left} -1,64",
+        f"w {right} 64,96; {SCALARS}",
+        out,
+        nodes,
+        profile,
+    )
+
+
+def only(coverage: Coverage) -> tuple[str, str]:
+    (entry,) = coverage.nodes
+    return entry.ran, entry.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype"),
+    [
+        (gemm("fp8 fp8"), "fp8"),
+        (gemm("int8 int8"), "int8"),
+        (gemm("fp16 fp16"), "fp16"),
+        (gemm("fp16 int4"), "fp16 x int4"),
+        (layer("r", "runtime_fusion", "x fp16 -1,64; r fp16 -1,96", "w fp8 64,96"), "fp16 x fp8"),
+        (
+            layer("c", "correlation", "x int8 -1,32,-1,-1", "w int8 64,32,3,3; s fp32 1,64,1,1"),
+            "int8",
+        ),
+        (layer("c", "correlation", "x fp16 -1,3,-1,-1; w fp16 8,3,7,7", "s fp32 1,8,1,1"), "fp16"),
+        (layer("m", "gemm", "q fp8 -1,8,-1,64; k fp8 -1,8,64,-1", SCALARS), "fp8"),
+        (layer("m", "gemm", "q fp16 -1,8,-1,64; k fp16 -1,8,64,-1", SCALARS), "fp16"),
+        (layer("m", "gemm", "x fp8 1,64; residual fp16 1,96", "w fp8 64,96"), "fp8"),
+    ],
+)
+def test_the_dtype_of_a_multiplication(found: EngineLayer, dtype: str) -> None:
+    assert multiply_dtype(found) == dtype
+
+
+def test_a_merged_gemm_covers_each_of_its_nodes() -> None:
+    nodes = [WeightedNode(name, "gemm", "fp8") for name in "abc"]
+    coverage = cover([gemm("fp8 fp8", "c a b dq")], nodes)
+    assert coverage.complete
+    assert coverage.counts()["gemm"] == {"fp8": 3}
+
+
+def test_a_node_no_layer_names_is_missed_only_when_quantized() -> None:
+    assert only(cover([], [WeightedNode("a", "gemm", "fp8")])) == (
+        "none",
+        "no compiled layer names it",
+    )
+    assert only(cover([], [WeightedNode("a", "gemm", "fp16")])) == ("none", "")
+
+
+def test_float_operands_are_the_reason() -> None:
+    node = WeightedNode("a", "gemm", "fp8")
+    assert only(cover([gemm("fp16 fp16")], [node])) == (
+        "fp16",
+        "its layer ran with fp16 operands",
+    )
+    assert "only its weight is fp8" in only(cover([gemm("fp16 fp8")], [node]))[1]
+    assert only(cover([gemm("fp16 fp16")], [WeightedNode("a", "gemm", "fp16")])) == ("fp16", "")
+
+
+def test_weight_only_int4_is_as_wanted_and_nothing_else_is() -> None:
+    node = WeightedNode("a", "gemm", "int4")
+    assert only(cover([gemm("fp16 int4")], [node])) == ("fp16 x int4", "")
+    assert only(cover([gemm("fp16 fp16")], [node]))[1]
+
+
+def test_an_expanded_weight_is_named_with_its_kernel() -> None:
+    expand = layer(
+        "__myl_CastMul_myl0_0", "kgen", "", "w fp8 64,96; s fp16 1", "e fp16 64,96", "dq"
+    )
+    multiply = layer("a_myl0_1", "gemm", "x fp16 -1,64; e fp16 64,96", SCALARS, "y fp16 -1,96", "a")
+    coverage = cover([expand, multiply], [WeightedNode("a", "gemm", "fp8")])
+    assert "expanded to fp16 by __myl_CastMul_myl0_0 on every call" in only(coverage)[1]
+    assert coverage.dequantize_alone == ("__myl_CastMul_myl0_0",)
+
+
+def test_a_multiplication_inside_an_elementwise_kernel_is_said() -> None:
+    kernel = layer("__myl_MulSum_myl0_0", "kgen", "x fp16 -1,64", "w fp16 64,2", "y fp16 -1,2", "a")
+    assert "elementwise kernel" in only(cover([kernel], [WeightedNode("a", "gemm", "int8")]))[1]
+
+
+@pytest.mark.parametrize(
+    ("out", "nodes", "constants", "flagged"),
+    [
+        ("fp16", "a dq", "v fp16 1,96", True),
+        ("fp32", "a dq", "v fp32 1,96", False),  # sums in FP32 hold
+        ("bf16", "a dq", "v bf16 1,96", False),  # BF16 has FP32's range
+        ("fp16", "rescale bias", "v fp16 1,96", False),  # a Mul of the graph itself
+        ("fp16", "a dq", "c fp16 1", False),  # padding, say: no vector of scales
+    ],
+)
+def test_bare_sums_in_fp16_are_found(out: str, nodes: str, constants: str, flagged: bool) -> None:
+    after = layer("__myl_Mul_myl0_2", "kgen", f"y {out} -1,96", constants, f"z {out} -1,96", nodes)
+    layers = [gemm("fp8 fp8", "a dq", f"y {out} -1,96"), after]
+    coverage = cover(layers, [WeightedNode("a", "gemm", "fp8")])
+    assert ("unscaled sums" in only(coverage)[1]) == flagged
+    assert coverage.complete != flagged
+
+
+ATTENTION = ("s", "p", "c")
+
+
+def mha(dtype: str, mask: str = "fp16", profile: int = 0) -> EngineLayer:
+    inputs = f"m {mask} -1,1,-1,-1; q {dtype} -1,-1,64; k {dtype} -1,64,-1; v {dtype} -1,-1,64"
+    return layer("_gemm_mha_v2_myl0_4", "kgen", inputs, "", "o fp16 -1,-1,64", "c p s", profile)
+
+
+@pytest.mark.parametrize("mask", ["fp16", "bool", "fp32"])
+def test_fused_attention_and_its_dtype(mask: str) -> None:
+    for dtype in ("fp8", "fp16", "bf16"):
+        node = WeightedNode("c", "attention", dtype, ATTENTION)
+        assert only(cover([mha(dtype, mask)], [node])) == (f"fused {dtype}", "")
+    assert only(cover([mha("fp16")], [WeightedNode("c", "attention", "fp8", ATTENTION)])) == (
+        "fused fp16",
+        "fused, but in fp16",
+    )
+
+
+def unfused(dtype: str, profile: int = 0) -> list[EngineLayer]:
+    operands = f"q {dtype} -1,8,-1,64; k {dtype} -1,8,64,-1"
+    return [
+        layer("s_myl0_1", "gemm", operands, SCALARS, "o fp16 -1", "s", profile),
+        layer("__myl_Exp_myl0_2", "kgen", "o fp16 -1", "", f"p {dtype} -1", "p", profile),
+        layer("c_myl0_3", "gemm", operands, SCALARS, "z fp16 -1", "c", profile),
+    ]
+
+
+def test_attention_that_did_not_fuse_says_why() -> None:
+    node = WeightedNode("c", "attention", "fp8", ATTENTION)
+    short = [parse_shapes(["x:1x1,1x64,4x128"])]
+    ran, reason = only(cover(unfused("fp8"), [node], short))
+    assert ran == "fp8 gemms"
+    assert "starts at 32 or more, and this one starts at 1" in reason
+    long = [parse_shapes(["x:1x32,1x64,4x128"])]
+    assert "starts at" not in only(cover(unfused("fp8"), [node], long))[1]
+    wide = WeightedNode("c", "attention", "fp32", ATTENTION)
+    coverage = cover(unfused("fp32"), [wide])
+    assert "FP16 and BF16 only" in only(coverage)[1]
+    assert coverage.complete  # float attention is no failure of quantization
+    assert coverage.missed
+
+
+def test_profiles_are_judged_apart() -> None:
+    node = WeightedNode("c", "attention", "fp8", ATTENTION)
+    layers = [mha("fp8"), *unfused("fp8", profile=1)]
+    profiles = [parse_shapes(["x:1x32,1x64,4x128"]), parse_shapes(["x:1x1,1x1,4x1"])]
+    coverage = cover(layers, [node], profiles)
+    assert [entry.ran for entry in coverage.nodes] == ["fused fp8", "fp8 gemms"]
+    assert not coverage.complete
+    assert coverage.summary()[:2] == [
+        "profile 0: GEMM -; convolution -; attention 1 fused fp8",
+        "profile 1: GEMM -; convolution -; attention 1 fp8 gemms",
+    ]
+
+
+def test_the_summary_counts_nodes_and_bytes() -> None:
+    layers = [
+        gemm("fp8 fp8", "a b dq"),
+        layer("d_myl0_3", "gemm", "x fp16 -1,64", "h fp16 64,10", "z fp16 -1,10", "d"),
+        layer("__myl_MulCast_myl0_0", "kgen", "i fp16 -1,64", "c fp16 1", "x fp8 -1,64", "q"),
+        layer("__myl_AddMulCast_myl0_5", "kgen", "i fp16 -1,64", "c fp16 1", "x fp8 -1,64", "q"),
+    ]
+    wanted = {"a": "fp8", "b": "fp8", "d": "fp16"}
+    coverage = cover(layers, [WeightedNode(n, "gemm", f) for n, f in wanted.items()])
+    assert coverage.summary() == [
+        "GEMM 2 fp8, 1 fp16; convolution -; attention -",
+        "left alone: 1 quantize, 0 dequantize kernels",
+        "weights in bytes: fp8 6,144, fp16 1,282, fp32 8",
+    ]
+    assert coverage.to_json()["counts"] == [
+        {"gemm": {"fp8": 2, "fp16": 1}, "conv": {}, "attention": {}}
+    ]
+
+
+def test_a_constant_two_layers_share_counts_once() -> None:
+    twice = [gemm("fp8 fp8"), gemm("fp8 fp8"), gemm("fp8 fp8", profile=1)]
+    assert weight_bytes(twice) == {"fp8": 64 * 96, "fp32": 8}
