@@ -269,7 +269,7 @@ def compare(
         errors = layer_errors(graph, Model.load(other), samples, device=device, progress=progress)
         comparison = dataclasses.replace(comparison, layers={"candidate": errors})
     passed = all(row.passed for row in comparison.rows if row.candidate == "candidate")
-    facts = {"model": reference, "candidate": other, **comparison.as_dict()}
+    facts = {"model": reference, "candidate": other, "comparison": comparison.as_dict()}
     return Compared(Report(f"{other.name} against {reference.name}", facts), passed, comparison)
 
 

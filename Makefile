@@ -1,0 +1,82 @@
+# Two commands: `make demo` runs the main job on a real model, `make test` passes the tests.
+# Both need Python 3.10 or later and a package registry, nothing else.
+
+PYTHON ?= python3
+OUT := models/out
+DEMO := .venv-demo
+TEST := .venv-test
+EXPORT := .venv-export
+SMOLLM2 := $(OUT)/smollm2-fp32
+WIKI := $(OUT)/wiki
+SHAPES := --shapes input_ids:1x1,1x256,4x512 --shapes attention_mask:1x1,1x256,4x512
+TEXT := --tokenizer $(SMOLLM2)/tokenizer.json --text
+# Two threads on two busy cores spin; one per process is faster and steadier.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check models bench clean
+
+demo: $(DEMO)/ready
+	$(DEMO)/bin/python -m models.smollm2
+	$(DEMO)/bin/python -m models.wiki
+	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(OUT)/demo/model.fp8.onnx --recipe fp8 \
+	    $(TEXT) $(WIKI)/wiki_calib.txt --samples 64 --report $(OUT)/demo/quantize.json
+	$(DEMO)/bin/onnxq build $(OUT)/demo/model.fp8.onnx -o $(OUT)/demo/model.plan --target sm89 \
+	    $(SHAPES) --strict --report $(OUT)/demo/build.json
+	$(DEMO)/bin/onnxq compare $(SMOLLM2)/model.onnx $(OUT)/demo/model.fp8.onnx \
+	    $(TEXT) $(WIKI)/wiki_eval.txt --samples 4 --report $(OUT)/demo/compare.json
+	$(DEMO)/bin/onnxq evaluate perplexity $(OUT)/demo/model.fp8.onnx \
+	    --reference $(SMOLLM2)/model.onnx $(TEXT) $(WIKI)/wiki_eval.txt --limit 16 \
+	    --report $(OUT)/demo/perplexity.json
+	$(DEMO)/bin/python -m tools.demo_table $(OUT)/demo
+
+test: check models
+	$(TEST)/bin/python -m pytest -q
+
+# Style and types, before anything slow.
+check: $(TEST)/ready
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/mypy
+
+# The models the tests use; what is there already is not built again. Exporting needs torch, which
+# onnxq itself never does: it has an environment of its own.
+models: $(TEST)/ready
+	$(TEST)/bin/python -m models.wiki
+	$(TEST)/bin/python -m models.smollm2
+	$(TEST)/bin/python -m models.ppocr
+	$(MAKE) $(OUT)/minilm/model.onnx $(OUT)/minilm-legacy/model.onnx \
+	    $(OUT)/sdxl-unet-tiny-fp16/model.onnx $(OUT)/smollm2-torch/model.onnx
+	$(TEST)/bin/python -m models.minilm_data
+
+$(OUT)/minilm/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.minilm
+$(OUT)/minilm-legacy/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.minilm --exporter legacy
+$(OUT)/sdxl-unet-tiny-fp16/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.sdxl_unet --size tiny
+$(OUT)/smollm2-torch/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.smollm2_torch
+
+bench: models
+	$(TEST)/bin/python -m tools.bench
+
+$(DEMO)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/pip install -q '.[cpu]' 'gguf>=0.10'
+	mkdir -p $(OUT)/demo
+	touch $@
+
+$(TEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/pip install -q -e '.[cpu,dev]'
+	touch $@
+
+# torch first and pinned: the CPU build. Anything else pulls gigabytes of CUDA.
+$(EXPORT)/ready:
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/pip install -q torch==2.13.0
+	$(EXPORT)/bin/pip install -q 'transformers>=5' 'diffusers>=0.36' gguf onnx onnxscript onnxruntime
+	touch $@
+
+clean:
+	rm -rf $(DEMO) $(TEST) $(EXPORT) build dist *.egg-info

@@ -1,0 +1,93 @@
+"""Time and memory of calibration beside the bare forward passes, in child processes, in turn.
+
+Ours and the floor run alternately, three times each; the medians are compared. Times are those of
+the loop over the samples alone, without loading; memory is the whole process's peak.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from statistics import median
+from typing import Any
+
+from tools.bench.models import CASES
+
+_ROUNDS = 3
+_SAMPLES = {"smollm2": 8, "minilm": 32, "sdxl-tiny": 8}
+
+
+def speed_rows(names: list[str]) -> list[dict[str, Any]]:
+    """One row a model and kind of calibration."""
+    rows = []
+    for name in names:
+        for what in ("amax", "histogram"):
+            print(f"{name} {what} calibration ...", file=sys.stderr, flush=True)
+            runs = [(_child(name, "bare"), _child(name, what)) for _ in range(_ROUNDS)]
+            rows.append(
+                {
+                    "model": name,
+                    "what": f"calibration, {what}",
+                    "floor_s": median(bare["seconds"] for bare, _ in runs),
+                    "ours_s": median(ours["seconds"] for _, ours in runs),
+                    "floor_mb": median(bare["peak"] for bare, _ in runs) / 1e6,
+                    "ours_mb": median(ours["peak"] for _, ours in runs) / 1e6,
+                }
+            )
+    return rows
+
+
+def _child(name: str, what: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tools.bench.speed", name, what]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(said.splitlines()[-1]))
+
+
+def _measure(name: str, what: str) -> dict[str, float]:
+    import resource
+    import time
+
+    from onnxq.calibrate.run import calibrate
+    from onnxq.calibrate.session import open_session
+    from onnxq.graph.model import Model
+    from onnxq.graph.prepare import prepare
+    from onnxq.gpus import target
+    from onnxq.placement import place
+    from onnxq.recipe import load
+    from onnxq.samples import Data
+    from onnxq.transform import watched_tensors
+
+    case = CASES[name]
+    options = dict(zip(case.calib[::2], case.calib[1::2], strict=True))
+    model, _ = prepare(Model.load(case.model), 19)
+    data = Data(
+        path=options.get("--calib"),
+        text=options.get("--text"),
+        tokenizer=options.get("--tokenizer"),
+        samples=_SAMPLES[name] if "--text" in options else None,
+        batch=int(options["--batch"]) if "--batch" in options else None,
+    )
+    samples = data.open(model.inputs())
+    if what == "bare":
+        session = open_session(case.model)
+        started = time.perf_counter()
+        for feed in samples:
+            session.run(None, feed)
+        seconds = time.perf_counter() - started
+    else:
+        marks: list[float] = []
+
+        def mark(step: str, done: int, total: int) -> None:
+            marks.append(time.perf_counter())
+
+        watched = dict.fromkeys(watched_tensors(place(model, load("fp8"), target("sm89"))), what)
+        calibrate(model.session_model, watched, samples, progress=mark)
+        # The first mark ends the first sample: its share is added back.
+        seconds = (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak": float(peak)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(*sys.argv[1:])))
