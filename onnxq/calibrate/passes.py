@@ -46,27 +46,12 @@ def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> li
     `memory` None: as much again as the process takes with the model loaded, 1 GiB at least.
     """
     sizes, largest = _inferred(opener, names, feed)
-    memory = _allowance(1.0, 1 << 30) if memory is None else memory
+    memory = _allowance() if memory is None else memory
     unknown = [name for name in names if name not in sizes]
     if unknown and sum(sizes.values()) + len(unknown) * largest * _DOUBT > memory:
         measured = _in_growing_groups(opener, unknown, feed, largest, memory)
         sizes |= {name: values.nbytes for name, values in measured}
     return _packed(names, {name: sizes.get(name, largest) for name in names}, memory)
-
-
-def fetch_all(
-    opener: Opener, names: list[str], feed: Feed, memory: int | None
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(name, values) of every tensor on one feed, in groups that fit `memory`.
-
-    None: half of what the process takes with the model loaded, 256 MiB at least.
-    """
-    sizes, largest = _inferred(opener, names, feed)
-    memory = _allowance(0.5, 1 << 28) if memory is None else memory
-    for group in _packed([name for name in names if name in sizes], sizes, memory):
-        yield from fetch(opener(group), group, feed)
-    unknown = [name for name in names if name not in sizes]
-    yield from _in_growing_groups(opener, unknown, feed, largest, memory)
 
 
 def fetch(
@@ -150,12 +135,13 @@ def _size(output: InputSpec, dims: Mapping[str, int]) -> int | None:
     return size
 
 
-def _allowance(share: float, least: int) -> int:
-    """`share` of the memory the process takes now, `least` at least; half of what is free at most.
+def _allowance() -> int:
+    """As many bytes as the process takes now, 1 GiB at least; half of what is free at most.
 
     Counting from what the loaded model takes keeps the peak within twice a bare run's, and a
     model of gigabytes from being run over once for every few tensors.
     """
+    least = 1 << 30
     try:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         free = next(
@@ -165,4 +151,4 @@ def _allowance(share: float, least: int) -> int:
         )
     except (OSError, StopIteration):  # not Linux
         return least
-    return min(max(int(share * resident), least), free // 2)
+    return min(max(resident, least), free // 2)

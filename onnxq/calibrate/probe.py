@@ -17,10 +17,14 @@ def measure_ranges(
     device: Device = "auto",
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """max |x| by tensor name.
+    """max |x| by tensor name; infinity as it is found.
 
     Args:
         probes: serialized model, folder of its weights, {output: tensor whose max |x| it is}.
+        feed: one sample's inputs; a probe may have lost those that it does not need.
+
+    Raises:
+        OnnxqError: a probe does not load or run.
     """
     ranges: dict[str, float] = {}
     for done, (model, folder, names) in enumerate(probes, 1):
@@ -28,5 +32,6 @@ def measure_ranges(
         wanted = {spec.name for spec in session.inputs}
         values = session.run(list(names), {k: v for k, v in feed.items() if k in wanted})
         ranges |= {name: float(v) for name, v in zip(names.values(), values, strict=True)}
+        del session  # its memory goes before the next one's comes
         progress("measuring ranges", done, 0)
     return ranges

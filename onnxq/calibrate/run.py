@@ -11,14 +11,12 @@ product over another number of rows or threads may add in another order and diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 from onnxq.calibrate.data import Feed, Samples
-from onnxq.calibrate.passes import MakeModel, Opener, fetch, fetch_all, plan
+from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
 from onnxq.calibrate.session import Device, Session
-from onnxq.calibrate.statistics import NotFiniteError, Statistic, as_float32, is_float, make
+from onnxq.calibrate.statistics import NotFiniteError, Statistic, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
@@ -69,34 +67,6 @@ def calibrate(
         data=(DataOrigin(samples.description, samples.digest, samples.count),),
         notes=tuple(notes),
     )
-
-
-def ranges_of_all(
-    make_model: MakeModel,
-    tensors: Sequence[str],
-    feed: Feed,
-    *,
-    memory: int | None = None,
-    device: Device = "auto",
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> dict[str, float]:
-    """max |x| of many tensors on one feed: what FP16 would not hold.
-
-    Infinity and NaN are given as they are found, not raised; tensors that are no floats are left
-    out; an empty one is 0.0. Memory as in `calibrate`.
-    """
-    ranges: dict[str, float] = {}
-    if not tensors:
-        return ranges
-    opener = Opener(make_model, device, threads)
-    for done, (name, values) in enumerate(fetch_all(opener, list(tensors), feed, memory), 1):
-        progress("measure ranges", done, len(tensors))
-        if is_float(values.dtype):
-            widened = as_float32(values)
-            extremes = (widened.max(), -widened.min()) if widened.size else (0.0,)
-            ranges[name] = float(np.max(extremes))  # NaN wins, as it should
-    return ranges
 
 
 def _update(

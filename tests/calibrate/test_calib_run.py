@@ -11,8 +11,9 @@ from calib_models import chain, maker, model
 from onnx import TensorProto, helper
 
 from onnxq.calibrate.data import Samples, open_samples
-from onnxq.calibrate.run import calibrate, ranges_of_all
-from onnxq.calibrate.session import InputSpec, open_session
+from onnxq.calibrate.probe import measure_ranges
+from onnxq.calibrate.run import calibrate
+from onnxq.calibrate.session import InputSpec
 from onnxq.calibrate.statistics import Histogram
 from onnxq.errors import OnnxqError
 
@@ -181,17 +182,29 @@ def test_nothing_watched_is_an_empty_table(tmp_path: Path) -> None:
     assert calibrate(make, {}, samples(tmp_path)).statistics == {} and asked == []
 
 
-@pytest.mark.parametrize("memory", [None, 1, 300])
-def test_ranges_of_all_tensors_on_one_feed(tmp_path: Path, memory: int | None) -> None:
-    proto = overflowing()
-    proto.graph.node.append(helper.make_node("Shape", ["e"], ["s"]))
-    make, _ = maker(proto, tmp_path, {"s": TensorProto.INT64})
-    feed = samples(tmp_path, row0=100.0).largest()
-    ranges = ranges_of_all(make, ["e", "n", "s"], feed, memory=memory)
-    assert ranges["e"] == np.inf and np.isnan(ranges["n"]) and "s" not in ranges
-    make, _ = maker(chain(), tmp_path)
-    feed = samples(tmp_path).largest()
-    ranges = ranges_of_all(make, NAMES, feed, memory=memory)
-    for name in NAMES:
-        (values,) = open_session(make([name])[0]).run([name], feed)
-        assert ranges[name] == np.abs(values).max()
+def test_probes_measure_ranges_without_giving_the_tensors(tmp_path: Path) -> None:
+    """Models with |x|'s maximum as outputs, one that needs only part of the inputs."""
+    probes = []
+    for tensor, kept in (("a", ["x"]), ("b", ["x", "y"])):
+        nodes = [
+            helper.make_node("Exp", ["x"], ["a"]),
+            helper.make_node("Sub", ["y", "a"], ["b"]),
+            helper.make_node("Abs", [tensor], ["m"]),
+            helper.make_node("ReduceMax", ["m"], ["p"], keepdims=0),
+        ]
+        inputs = {name: (TensorProto.FLOAT, ["n"]) for name in kept}
+        proto = model(
+            [n for n in nodes if set(n.input) != {"y", "a"} or "y" in kept], inputs, {"p": 1}
+        )
+        probes.append((proto.SerializeToString(), tmp_path, {"p": tensor}))
+    feed = {"x": np.array([1, 100], np.float32), "y": np.array([-5, 1], np.float32)}
+    said: list[tuple[str, int, int]] = []
+    assert measure_ranges(probes, feed, progress=lambda *a: said.append(a)) == {
+        "a": np.inf,
+        "b": np.inf,
+    }
+    feed["x"][1] = 0.0
+    ranges = measure_ranges(probes, feed)
+    assert ranges["a"] == pytest.approx(np.e, rel=1e-6)
+    assert ranges["b"] == pytest.approx(np.e + 5, rel=1e-6)
+    assert [done for _, done, _ in said] == [1, 2]
