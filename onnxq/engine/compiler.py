@@ -15,6 +15,15 @@ from onnxq.engine.shapes import EngineInput, Profile, resolve
 from onnxq.errors import OnnxqError
 
 _SHOWN_ERRORS = 3
+_LONGEST = 600
+_NO_DRIVER = " [checkMacros.cpp::catchCudaError"
+"""What follows is about the missing GPU, which is never the reason here."""
+_POSITIONS = re.compile(
+    r"\S+: Error Code \d+: |^\w+\.cpp:\d+: |^ *\(foreignNode\) |\[\S+:\d+: \w+\] |"
+    r"\.? In \w+ at /\S+:\d+"
+)
+_NOISE = re.compile(r"has Int64 binding")
+"""Warnings that ask for nothing: the parser says this of every INT64 input."""
 
 
 class Log:
@@ -39,8 +48,8 @@ class Log:
                     outer.layers.append(message)
                 elif severity <= trt.ILogger.ERROR:
                     outer.errors.append(message)
-                elif severity == trt.ILogger.WARNING:
-                    outer.warnings.append(message)
+                elif severity == trt.ILogger.WARNING and not _NOISE.search(message):
+                    outer.warnings.append(_plain(message))
 
         self.logger = Logger()
 
@@ -125,17 +134,22 @@ def _configure(
 
 
 def _import_error(model: str, parser: Any, log: Log) -> OnnxqError:
+    unread = next((_plain(e) for e in log.errors if "Failed to open file" in e), "")
+    if unread:
+        return OnnxqError(f"TensorRT cannot read the external data of {model}: {unread}")
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
         said = log.errors[-1] if log.errors else "no reason given"
         return OnnxqError(f"TensorRT cannot read {model}: {said}")
     first = errors[0]
-    node = _call(first, "node_name")
-    operator = _call(first, "node_operator")
-    where = f" node {node!r}" if node else ""
-    kind = f" ({operator})" if operator else ""
+    node, operator = _call(first, "node_name"), _call(first, "node_operator")
+    where = f"node {node!r} ({operator})" if node else model
+    said = _plain(first.desc())
+    if said == "false":  # an operator that is known, and refused whatever its attributes
+        said = "it does not support this operator"
     more = f"; {len(errors) - 1} more" if len(errors) > 1 else ""
-    return OnnxqError(f"TensorRT cannot import{where or ' ' + model}{kind}: {first.desc()}{more}")
+    hint = "give every node a name of its own" if "already in use" in said else ""
+    return OnnxqError(f"TensorRT cannot import {where}: {said}{more}", hint)
 
 
 def _call(error: Any, method: str) -> str:
@@ -152,6 +166,7 @@ def _compile_error(request: Request, log: Log) -> OnnxqError:
 
 
 def _plain(message: str) -> str:
-    """The message without the compiler's own source positions."""
-    text = re.sub(r"^\S+: Error Code \d+: ", "", message)
-    return re.sub(r"\[\S+:\d+: \w+\] | In \w+ at /\S+:\d+", "", text).strip()
+    """The message on one line, not too long, without the compiler's own source positions."""
+    text = " ".join(message.split())
+    text = _POSITIONS.sub("", text.split(_NO_DRIVER)[0]).strip()
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

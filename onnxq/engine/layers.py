@@ -27,11 +27,14 @@ _SEPARATOR = re.compile(r"[\x1e\x1f]")
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], "
     r"Constants: \[(?P<constants>.*)\], Outputs: \[(?P<outputs>.*)\], "
-    r"TacticName: (?P<tactic>.*), StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)"
+    r"TacticName: (?P<tactic>.*), StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)",
+    re.DOTALL,
 )
+_NEXT_LINE = re.compile(r"\n(?=Name: )")
 _TENSOR = re.compile(
     r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[^\]]*\], "
-    r"StrideOrder: \[[^\]]*\], Datatype: (?P<dtype>[^,}]+), Format: .*? \}(?:,|$)"
+    r"StrideOrder: \[[^\]]*\], Datatype: (?P<dtype>[^,}]+), Format: .*? \}(?:,|$)",
+    re.DOTALL,
 )
 _PROFILE = re.compile(r"\[profile (\d+)\]")
 _GROUP = re.compile(r"_myl(\d+)_\d+$")
@@ -112,8 +115,9 @@ def layers_from_log(messages: list[str]) -> list[EngineLayer]:
         if message.startswith(_HEADER):
             found = True
             body = message[len(_HEADER) :].split("\nI/O Tensors:")[0]
-            # Not splitlines(): it would also split at the control characters inside a line.
-            layers.extend(_read_line(line) for line in body.split("\n") if line.strip())
+            # Not splitlines(): names may hold line breaks, and origins have control characters.
+            lines = _NEXT_LINE.split(body.strip("\n"))
+            layers.extend(_read_line(line) for line in lines if line.strip())
     if not found:
         raise _unreadable("the compiler's log has no list of layers")
     return _with_profiles(layers)

@@ -127,9 +127,34 @@ def untouched(output: Path) -> bool:
 def test_a_node_that_cannot_be_imported_is_named(standing: Path, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("odd") / "odd.onnx"
     onnx.save(unsupported_node(), path)
-    with pytest.raises(OnnxqError, match=r"cannot import node '/block.3/odd \[node\], 1'"):
+    with pytest.raises(
+        OnnxqError, match=r"cannot import node '/block.3/odd \[node\], 1'"
+    ) as caught:
         build(path, standing)
+    assert "(StringNormalizer): it does not support this operator" in caught.value.message
     assert untouched(standing)
+
+
+def test_missing_external_data_is_named(standing: Path, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("lost") / "m.onnx"
+    form = linear("int8")
+    onnx.save(form.model, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    (path.parent / "w.data").unlink()
+    with pytest.raises(OnnxqError, match=r"external data of .*Failed to open file: .*w\.data"):
+        build(path, standing, shapes=SHAPES)
+    assert untouched(standing)
+
+
+def test_nodes_of_one_name_are_said(standing: Path, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("twins") / "m.onnx"
+    form = linear("int8")
+    for node in form.model.graph.node:
+        node.name = "twin"
+    onnx.save(form.model, path)
+    with pytest.raises(OnnxqError, match=r"'twin'.*already in use") as caught:
+        build(path, standing, shapes=SHAPES)
+    assert "CUDA" not in caught.value.message
+    assert "a name of its own" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"random bytes, not a model at all"])

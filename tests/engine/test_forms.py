@@ -18,15 +18,18 @@ Settled here for tensorrt-rtx 1.7.1, and asserted below (none of it run on a GPU
 * **Attention** fuses in FP16 and BF16 always, in FP8 from a shortest sequence of 32, in INT8 and
   in an FP32 graph never. Where Q/DQ, scale, mask and FP32 softmax stand makes no difference.
 * **FP8 for sm80** is refused by the compiler; the layer list is the same for all targets.
+* **Node names** must differ: the parser refuses a second node of one name.
 """
 
 from __future__ import annotations
 
 import pytest
-from conftest import Compiled, CompileForms, kernels_of
+from engine_compile import Compiled, compile_forms, kernels_of
 from engine_graphs import Form, attention, conv, linear, tied, weight_only
 
 from onnxq.errors import OnnxqError
+
+pytest.importorskip("tensorrt_rtx")
 
 TARGETS = ("sm80", "sm89", "sm120")
 
@@ -116,16 +119,14 @@ ATTENTION = attention_forms()
 
 
 @pytest.fixture(scope="module")
-def compiled(compile_forms: CompileForms) -> dict[tuple[str, str], Compiled]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     forms = {name: form for name, (form, _) in (EIGHT_BIT | ATTENTION).items()}
-    return compile_forms(forms, TARGETS)
+    return compile_forms(forms, TARGETS, tmp_path_factory.mktemp("forms"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", EIGHT_BIT | ATTENTION)
-def test_what_a_form_compiles_into(
-    name: str, target: str, compiled: dict[tuple[str, str], Compiled]
-) -> None:
+def test_what_a_form_compiles_into(name: str, target: str, compiled: Compiled) -> None:
     form, expected = (EIGHT_BIT | ATTENTION)[name]
     found = compiled[name, target]
     if target == "sm80" and name.startswith("fp8"):
@@ -158,16 +159,14 @@ def test_what_a_form_compiles_into(
         ("int4 blocks, free shapes", ["runtime_fusion"]),
     ],
 )
-def test_how_many_kernels_a_form_takes(
-    name: str, kernels: list[str], compiled: dict[tuple[str, str], Compiled]
-) -> None:
+def test_how_many_kernels_a_form_takes(name: str, kernels: list[str], compiled: Compiled) -> None:
     found = compiled[name, "sm89"]
     assert not isinstance(found, OnnxqError)
     assert kernels_of(found[1]) == kernels
 
 
 def test_a_convolution_with_one_scale_writes_fp16_and_per_channel_fp32(
-    compiled: dict[tuple[str, str], Compiled],
+    compiled: Compiled,
 ) -> None:
     for name, dtype in (("static scales", "fp16"), ("static scales per channel", "fp32")):
         found = compiled[f"fp8 conv {name}, free shapes", "sm89"]
@@ -203,15 +202,13 @@ SOUND = {
 
 
 @pytest.fixture(scope="module")
-def faulty(compile_forms: CompileForms) -> dict[tuple[str, str], Compiled]:
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     forms = {name: form for name, (form, _) in FAULTY.items()} | SOUND
-    return compile_forms(forms, ("sm89",))
+    return compile_forms(forms, ("sm89",), tmp_path_factory.mktemp("faulty"))
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_coverage_says_why_a_form_falls_short(
-    name: str, faulty: dict[tuple[str, str], Compiled]
-) -> None:
+def test_coverage_says_why_a_form_falls_short(name: str, faulty: Compiled) -> None:
     found = faulty[name, "sm89"]
     assert not isinstance(found, OnnxqError), found
     coverage, _ = found
@@ -222,9 +219,7 @@ def test_coverage_says_why_a_form_falls_short(
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_coverage_passes_the_sound_neighbour(
-    name: str, faulty: dict[tuple[str, str], Compiled]
-) -> None:
+def test_coverage_passes_the_sound_neighbour(name: str, faulty: Compiled) -> None:
     found = faulty[name, "sm89"]
     assert not isinstance(found, OnnxqError), found
     assert found[0].complete
