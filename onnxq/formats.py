@@ -1,4 +1,4 @@
-"""The quantized formats, one row each. What they do lives in `numerics`, never in branches on names.
+"""The quantized formats, one row each. What they do lives in `numerics`, not in branches on names.
 
 Source: ONNX operators QuantizeLinear / DequantizeLinear (opset 19: FP8 and 16-bit scales,
 21: INT4 and blocks, 23: FP4); OFP8 E4M3 (arXiv:2209.05433) with 448 as its largest value.

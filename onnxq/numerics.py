@@ -36,7 +36,8 @@ def amax(values: FloatArray, axis: int | None = None) -> FloatArray:
         others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
         low, high = values.min(axis=others, initial=0), values.max(axis=others, initial=0)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which `scale_for` names
-        return np.maximum(np.float32(0) + high, -(np.float32(0) + low)).astype(np.float32)
+        peak = np.maximum(np.float32(0) + high, -(np.float32(0) + low))
+        return np.asarray(peak, np.float32)
 
 
 def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
@@ -54,22 +55,21 @@ def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> Float
     peak = np.asarray(peak, np.float32)
     if not np.isfinite(peak).all():
         raise NotFiniteError("NaN or infinite values")
-    limits = _finfo(dtype)
     wanted = peak.astype(np.float64) / fmt.qmax
     wanted = np.where(peak > 0, wanted, wanted.max(initial=0) or 1.0)
-    if wanted.max(initial=0) > float(limits.max):
+    if wanted.max(initial=0) > _largest(dtype):
         raise ScaleRangeError(
             f"a range of {peak.max():.3g} needs a scale that overflows {np.dtype(dtype).name}"
         )
-    return np.asarray(np.maximum(wanted, float(limits.smallest_normal)).astype(dtype))
+    return np.asarray(np.maximum(wanted, smallest_normal(dtype)).astype(dtype))
 
 
 def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
     """The scale of an activation measured at `peak`.
 
-    Unlike a weight, whose codes are made here, an activation's values are not known: a range that
-    was never seen to leave 0 says nothing, and one whose scale had to be raised to the least normal
-    number by more than half a bit leaves codes unused.
+    A range that was never seen to leave 0 says nothing about the values to come. One whose scale
+    had to be raised to the least normal number leaves codes unused: of INT8 half a bit at most, of
+    a float format 6 bits of exponent, which leave it INT8's ratio of largest to least.
 
     Raises:
         NotFiniteError: the peak is NaN or infinite.
@@ -77,8 +77,8 @@ def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> Flo
     """
     if peak == 0:
         raise ScaleRangeError("its input was 0 throughout the calibration")
-    scale = scale_for(np.float32(peak), fmt, dtype)
-    if float(scale) * fmt.qmax > 1.5 * peak:
+    scale = scale_for(np.array(peak), fmt, dtype)
+    if float(scale) * fmt.qmax > (64 if fmt.is_float else 1.5) * peak:
         raise ScaleRangeError(
             f"a range of {peak:.3g} needs a scale below the normal numbers of "
             f"{np.dtype(dtype).name}"
@@ -96,14 +96,12 @@ def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArr
         ScaleRangeError: the largest scale is beyond `dtype`.
     """
     logs = np.log2(np.concatenate([np.ravel(s) for s in scales]).astype(np.float64))
-    limits = _finfo(dtype)
     largest = float(logs.max())
-    if largest > np.log2(float(limits.max)):
+    if largest > np.log2(_largest(dtype)):
         raise ScaleRangeError(f"a scale of {2**largest:.3g} overflows {np.dtype(dtype).name}")
     exponent = max(np.rint(logs.mean()), np.ceil(largest) - 14)
-    exponent = np.clip(exponent, np.log2(float(limits.smallest_normal)), np.floor(largest))
-    exponent = max(exponent, np.log2(float(limits.smallest_normal)))
-    return np.asarray(2.0**exponent).astype(dtype)
+    least = np.log2(smallest_normal(dtype))
+    return np.asarray(2.0 ** max(min(exponent, np.floor(largest)), least)).astype(dtype)
 
 
 def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
@@ -113,7 +111,7 @@ def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
     than most needs no digits of its own, but its ratio must not become 0.
     """
     ratios = scale.astype(np.float64) / np.float64(common)
-    return np.maximum(ratios, float(_finfo(common.dtype).smallest_normal)).astype(common.dtype)
+    return np.maximum(ratios, smallest_normal(common.dtype)).astype(common.dtype)
 
 
 def quantize(
@@ -130,7 +128,8 @@ def quantize(
     Returns:
         Array of the format's dtype, shaped like `values`.
     """
-    divided = values.astype(np.float32) / _along(scale, values.ndim, axis)
+    with np.errstate(over="ignore"):  # beyond FP32 is beyond the last code too
+        divided = values.astype(np.float32) / _along(scale, values.ndim, axis)
     if not fmt.is_float:
         np.rint(divided, out=divided)
     np.clip(divided, -fmt.qmax, fmt.qmax, out=divided)
@@ -153,7 +152,16 @@ def _along(scale: FloatArray, rank: int, axis: int | None) -> FloatArray:
     return scale.reshape(shape)
 
 
+def smallest_normal(dtype: npt.DTypeLike) -> float:
+    """The least positive number of a floating-point type that has all its digits."""
+    return float(_finfo(dtype).smallest_normal)
+
+
+def _largest(dtype: npt.DTypeLike) -> float:
+    return float(_finfo(dtype).max)
+
+
 def _finfo(dtype: npt.DTypeLike) -> Any:
     import ml_dtypes
 
-    return ml_dtypes.finfo(np.dtype(dtype))
+    return ml_dtypes.finfo(np.dtype(dtype))  # type: ignore[no-untyped-call]

@@ -110,7 +110,7 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
     fmt = quant_format(recipe.weights)
     if not target.runs(fmt.name):
         raise OnnxqError(
-            f"recipe {recipe.name}: {target.name} ({target.architecture}) has no {fmt.name} products",
+            f"recipe {recipe.name}: {target.name} ({target.architecture}) has no {fmt.name}",
             "use an int8 recipe, or name the target that will run it",
         )
     _refuse_quantized(model)

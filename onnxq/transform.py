@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from onnxq import numerics
 from onnxq.algorithms import rtn
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.errors import OnnxqError
-from onnxq.formats import quant_format
+from onnxq.formats import QuantFormat, quant_format
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit import Emitter
 from onnxq.graph.model import Model
-from onnxq.graph.query import Attention, ConstantOperand
+from onnxq.graph.query import ConstantOperand
 from onnxq.graph.weights import array, numpy_dtype
 from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
@@ -31,14 +32,17 @@ Ranges = dict[tuple[int, int], float]
 """(id(node), input index) -> magnitude the largest code stands for."""
 
 
+def _measured_inputs(site: Site) -> Iterator[tuple[gs.Node, int]]:
+    """The inputs whose ranges a static recipe needs."""
+    yield site.node, 0
+    if site.attention is not None:
+        yield site.node, 1
+        yield site.attention.values, 1
+
+
 def _static_inputs(placement: Placement) -> Iterator[tuple[gs.Node, int]]:
-    """The inputs whose ranges a static recipe needs, in graph order."""
     for decision in placement.quantized:
-        site = decision.site
-        yield site.node, 0
-        if site.attention is not None:
-            yield site.node, 1
-            yield site.attention.values, 1
+        yield from _measured_inputs(decision.site)
 
 
 def watched_tensors(placement: Placement) -> list[str]:
@@ -57,6 +61,37 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges:
     }
 
 
+def settle(placement: Placement, ranges: Ranges | None) -> Placement:
+    """The placement after calibration and base precision: sites they rule out left, with reasons.
+
+    That is a layer whose measured range no scale serves, and attention that stayed in FP32.
+
+    Args:
+        ranges: of `activation_ranges`; None for dynamic recipes, which have none to fit.
+    """
+    if ranges is None:
+        return placement
+    fmt = quant_format(placement.recipe.activations)
+    return replace(
+        placement, decisions=tuple(_settled(d, fmt, ranges) for d in placement.decisions)
+    )
+
+
+def _settled(decision: Decision, fmt: QuantFormat, ranges: Ranges) -> Decision:
+    if not decision.quantized:
+        return decision
+    if decision.site.attention is not None and _dtype(decision.site.node.inputs[0]).itemsize > 2:
+        return Decision(
+            decision.site, False, "attention in FP32: TensorRT fuses it in 16 bits only"
+        )
+    try:
+        for node, index in _measured_inputs(decision.site):
+            numerics.activation_scale(ranges[id(node), index], fmt, _dtype(node.inputs[index]))
+    except numerics.ScaleRangeError as error:
+        return Decision(decision.site, False, str(error))
+    return decision
+
+
 def apply_placement(
     model: Model,
     placement: Placement,
@@ -67,59 +102,74 @@ def apply_placement(
 
     Args:
         ranges: of `activation_ranges`; None for dynamic recipes.
+
+    Raises:
+        OnnxqError: a weight or a range is not finite.
     """
+    placement = settle(placement, ranges)
     editor = Editor(model)
     emitter = Emitter(editor, quant_format(placement.recipe.weights))
     edits = []
     done, total = 0, len(placement.quantized)
     for group in _groups(placement):
-        try:
-            _quantize_group(emitter, group, placement.recipe, ranges)
-        except ValueError as error:
-            names = ", ".join(repr(d.site.name) for d in group)
-            raise OnnxqError(
-                f"{names} cannot be quantized: {error}",
-                "leave it with a rule: --rule 'leave node=...'",
-            ) from error
-        edits += [Edit("emit", "quantize", d.site.name, d.reason) for d in group]
+        if group[0].attention is not None:
+            assert ranges is not None  # recipes quantize attention with static scales only
+            for site in group:
+                _quantize_attention(emitter, site, ranges)
+        else:
+            _quantize_layers(emitter, group, placement.recipe, ranges)
         done += len(group)
         progress("quantizing", done, total)
-    edits += [Edit("emit", "leave", d.site.name, d.reason) for d in placement.left]
+    for decision in placement.decisions:
+        verb = "quantize" if decision.quantized else "leave"
+        edits.append(Edit("emit", verb, decision.site.name, decision.reason))
     editor.finish()
     return edits
 
 
-def _groups(placement: Placement) -> list[list[Decision]]:
+def _groups(placement: Placement) -> list[list[Site]]:
     """Quantized sites, those that read one tensor together (q, k, v), in graph order."""
-    groups: dict[tuple[int, str], list[Decision]] = {}
+    groups: dict[tuple[int, str], list[Site]] = {}
     for decision in placement.quantized:
         site = decision.site
-        groups.setdefault((id(site.node.inputs[0]), site.kind), []).append(decision)
+        groups.setdefault((id(site.node.inputs[0]), site.kind), []).append(site)
     return list(groups.values())
 
 
-def _quantize_group(
-    emitter: Emitter, group: list[Decision], recipe: Recipe, ranges: Ranges | None
+def _quantize_layers(
+    emitter: Emitter, sites: list[Site], recipe: Recipe, ranges: Ranges | None
 ) -> None:
-    sites = [d.site for d in group]
-    if sites[0].attention is not None:
-        assert ranges is not None
-        for site in sites:
-            assert site.attention is not None
-            _quantize_attention(emitter, site.attention, ranges)
-        return
-    dtype = _site_dtype(sites[0].node)
+    """Layers that read one tensor: the compiler makes one product of them, with one scale."""
+    dtype = _dtype(sites[0].node.inputs[0])
     axes = [None if recipe.weight_granularity == "tensor" else output_axis(s) for s in sites]
-    # A common scale and its ratios are two 16-bit numbers; a scale that stands alone must fit one.
-    shared = dtype.itemsize == 2
-    scales = [
-        rtn.scales(_operand(s).load(), emitter.fmt, axis, np.float32 if shared else dtype)
-        for s, axis in zip(sites, axes, strict=True)
-    ]
-    common = numerics.common_scale(scales, dtype) if shared else None
+    scales = [_weight_scales(s, emitter.fmt, axis) for s, axis in zip(sites, axes, strict=True)]
+    common = None
+    if dtype.itemsize == 2:
+        common, scales = _shared_scale(scales, dtype)
     for site, axis, scale in zip(sites, axes, scales, strict=True):
         weight, ratio = emitter.weight(_operand(site), axis, scale, common, site.node)
         _quantize_product(emitter, site, weight, ratio, ranges)
+
+
+def _weight_scales(site: Site, fmt: QuantFormat, axis: int | None) -> Any:
+    try:
+        return rtn.scales(_operand(site).load(), fmt, axis, np.float32)
+    except numerics.NotFiniteError as error:
+        raise OnnxqError(
+            f"weight {site.weight_name!r} of {site.name!r} holds {error}",
+            f"export a sound model, or leave the layer: --rule 'leave weight={site.weight_name}'",
+        ) from None
+
+
+def _shared_scale(scales: list[Any], dtype: Any) -> tuple[Any, list[Any]]:
+    """The scale that DequantizeLinear gets in 16 bits, and the weights' own, which join in ratios.
+
+    Weights that have one scale between them need no ratio: None, and that scale in 16 bits.
+    """
+    one = all(s.ndim == 0 and s == scales[0] for s in scales)
+    if one and scales[0] >= numerics.smallest_normal(dtype):
+        return None, [s.astype(dtype) for s in scales]
+    return numerics.common_scale(scales, dtype), scales
 
 
 def _quantize_product(
@@ -128,7 +178,7 @@ def _quantize_product(
     node, rank = site.node, len(_operand(site).shape)
     factors = [] if ratio is None else [ratio]
     if ranges is not None:
-        node.inputs[0] = emitter.static(node.inputs[0], ranges[id(node), 0], node)
+        node.inputs[0] = _static(emitter, node, 0, ranges[id(node), 0])
     else:
         axes = [-1] if site.kind == "linear" else list(range(1, rank))
         node.inputs[0], peak = emitter.dynamic(node.inputs[0], axes, node)
@@ -136,6 +186,12 @@ def _quantize_product(
     node.inputs[1] = weight
     bias = _take_bias(emitter.editor, site, rank) if factors else None
     emitter.finish_product(node, factors, bias)
+
+
+def _static(emitter: Emitter, node: gs.Node, index: int, peak: float) -> gs.Tensor:
+    tensor = node.inputs[index]
+    scale = numerics.activation_scale(peak, emitter.fmt, _dtype(tensor))
+    return emitter.static(tensor, scale, node)
 
 
 def _operand(site: Site) -> ConstantOperand:
@@ -174,16 +230,19 @@ def _take_bias(editor: Editor, site: Site, rank: int) -> gs.Tensor | None:
     )
 
 
-def _quantize_attention(emitter: Emitter, attention: Attention, ranges: Ranges) -> None:
+def _quantize_attention(emitter: Emitter, site: Site, ranges: Ranges) -> None:
     """Q/DQ right at q, k, v and the probabilities: all four, or TensorRT fuses none."""
+    attention = site.attention
+    assert attention is not None
     scores, values = attention.scores, attention.values
-    for node, index in ((scores, 0), (scores, 1), (values, 1)):
-        peak = ranges[id(node), index]
-        node.inputs[index] = emitter.static(node.inputs[index], peak, node)
-    values.inputs[0] = emitter.static(values.inputs[0], SOFTMAX_PEAK, values)
+    factor = emitter.scale_before_product(scores)
+    for node, index in _measured_inputs(site):
+        peak = ranges[id(node), index] * (factor if node is scores and index == 0 else 1.0)
+        node.inputs[index] = _static(emitter, node, index, peak)
+    values.inputs[0] = _static(emitter, values, 0, SOFTMAX_PEAK)
 
 
-def _site_dtype(node: gs.Node) -> Any:
-    """The type of the node's activation: its scales have the same."""
-    dtype = node.inputs[0].dtype
+def _dtype(tensor: gs.Tensor) -> Any:
+    """The numpy (or ml_dtypes) type of an activation: its scales have the same."""
+    dtype = tensor.dtype
     return numpy_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)

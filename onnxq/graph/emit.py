@@ -1,7 +1,8 @@
 """The Q/DQ forms TensorRT compiles into 8-bit kernels, as ONNX nodes.
 
 static   x -> Q(scale) -> DQ -> op <- DQ <- codes;  op -> * r -> + bias
-dynamic  m = max(amax of each token or sample, eps); x / m -> Q(1/qmax) -> DQ -> op -> * r -> * m -> + bias
+dynamic  m = max(amax of each token or sample, eps)
+         x / m -> Q(1/qmax) -> DQ -> op <- DQ <- codes;  op -> * r -> * m -> + bias
 
 The dynamic form is a constant-scale Q/DQ around a normalised operand: TensorRT takes no computed
 scales, but this compiles into one kernel that quantizes and one 8-bit product.
@@ -16,6 +17,7 @@ one tensor (q, k, v) become one product, so they must share that scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +28,8 @@ import onnx_graphsurgeon as gs
 from onnxq import numerics
 from onnxq.formats import QuantFormat
 from onnxq.graph.edit import Editor
-from onnxq.graph.query import ConstantOperand, label
+from onnxq.graph.query import ConstantOperand, factors_behind, label, scalar
 from onnxq.graph.weights import numpy_dtype, onnx_dtype
-
-SMALLEST = 2.0**-14
-"""Floor of a dynamic range: the smallest normal FP16 number. A row of zeros stays zeros."""
 
 
 class Emitter:
@@ -39,7 +38,7 @@ class Emitter:
     def __init__(self, editor: Editor, fmt: QuantFormat) -> None:
         self.editor, self.fmt = editor, fmt
         self.code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
-        self._static: dict[tuple[int, float], gs.Tensor] = {}
+        self._static: dict[tuple[int, bytes], gs.Tensor] = {}
         self._dynamic: dict[tuple[int, str], tuple[gs.Tensor, gs.Tensor]] = {}
         self._weights: dict[tuple[Any, ...], tuple[gs.Tensor, gs.Constant | None]] = {}
         self._alive: list[gs.Tensor] = []
@@ -98,14 +97,37 @@ class Emitter:
         )
         return out, ratio
 
-    def static(self, tensor: gs.Tensor, peak: float, like: gs.Node) -> gs.Tensor:
-        """Q and DQ of an activation whose largest magnitude was calibrated as `peak`."""
-        key = (id(tensor), peak)
+    def static(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
+        """Q and DQ of an activation under a scale that was calibrated, of the activation's type."""
+        key = (id(tensor), scale.tobytes())
         if key not in self._static:
-            scale = numerics.scale_for(np.float32(peak), self.fmt, _dtype(tensor))
             self._static[key] = self._pair(tensor, scale, like)
             self._alive.append(tensor)
         return self._static[key]
+
+    def scale_before_product(self, scores: gs.Node) -> float:
+        """Move the constant factors between the scores of an attention and its softmax onto q.
+
+        There they leave nothing between the first product and the mask. Casts on the way stay.
+
+        Returns:
+            The factor that q is multiplied by now; 1.0 where there is nothing to move.
+        """
+        steps = factors_behind(self.editor.model, scores)
+        if not steps:
+            return 1.0
+        factor = math.prod(value for _, value in steps)
+        for node, _ in steps:
+            data = next(i for i, t in enumerate(node.inputs) if scalar(t) is None)
+            self.editor.redirect(node.outputs[0], node.inputs[data])
+        q = scores.inputs[0]
+        constant = self.editor.constant(f"{q.name}_factor", np.array(factor).astype(_dtype(q)))
+        name = f"{label(scores)}_Scale"
+        out = f"{q.name}_scaled"
+        scores.inputs[0] = self.editor.node(
+            "Mul", name, [q, constant], out, q.dtype, q.shape, scores
+        )
+        return float(np.array(factor).astype(_dtype(q)))
 
     def dynamic(
         self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
@@ -132,10 +154,12 @@ class Emitter:
                 like,
                 keepdims=1,
             )
-            floor = self.editor.constant(f"{name}_floor", np.array(SMALLEST).astype(_dtype(tensor)))
+            # A row of zeros stays zeros; 1 / m, by which a compiler may multiply, stays finite.
+            least = np.array(numerics.smallest_normal(_dtype(tensor))).astype(_dtype(tensor))
+            floor = self.editor.constant(f"{name}_floor", least)
             peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
             normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
-            scale = numerics.scale_for(np.float32(1), self.fmt, _dtype(tensor))
+            scale = numerics.scale_for(np.array(1.0), self.fmt, _dtype(tensor))
             self._dynamic[key] = (self._pair(normal, scale, like), peak)
             self._alive.append(tensor)
         return self._dynamic[key]

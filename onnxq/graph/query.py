@@ -100,7 +100,7 @@ def scalar(tensor: gs.Tensor) -> float | None:
 
 
 def is_floating(onnx_or_numpy: object) -> bool:
-    """Whether a graphsurgeon dtype (numpy dtype, or TensorProto.DataType for BF16 and FP8) is real."""
+    """Whether a graphsurgeon dtype is real: a numpy dtype, or the ONNX number of BF16 or FP8."""
     if isinstance(onnx_or_numpy, int):
         return True
     return onnx_or_numpy is not None and np.dtype(onnx_or_numpy).kind == "f"  # type: ignore[call-overload]
@@ -124,7 +124,7 @@ def type_word(tensor: gs.Tensor) -> str:
         return "?"
     else:
         number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_dtype(tensor.dtype)
-    name = onnx.TensorProto.DataType.Name(number)
+    name = str(onnx.TensorProto.DataType.Name(number))
     return _WORDS.get(name, name.lower())
 
 
@@ -166,49 +166,97 @@ class Attention:
         scores: the MatMul of q and k^T.
         softmax: the Softmax.
         values: the MatMul of the probabilities and v.
-        scale_after: Mul or Div by a constant between `scores` and `softmax`.
         between: every node from `scores` to `values`, both left out.
     """
 
     scores: gs.Node
     softmax: gs.Node
     values: gs.Node
-    scale_after: tuple[gs.Node, ...]
     between: tuple[gs.Node, ...]
 
+    @property
+    def nodes(self) -> tuple[gs.Node, ...]:
+        """The two products and what lies between them."""
+        return (self.scores, *self.between, self.values)
 
-_AFTER_SOFTMAX = ("Cast", "Where", "QuantizeLinear", "DequantizeLinear")
-_SOFTMAX_TO_SCORES = ("Add", "Mul", "Div", "Where", "Cast", "Clip")
+
+_TO_VALUES = (
+    "Cast",
+    "Where",
+    "Reshape",
+    "Dropout",
+    "Identity",
+    "QuantizeLinear",
+    "DequantizeLinear",
+)
+"""What may stand between the softmax and the second product: a Where clears masked rows."""
+
+_TO_SCORES = (
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Where",
+    "Cast",
+    "Clip",
+    "Flatten",
+    "Reshape",
+    "Identity",
+    "QuantizeLinear",
+    "DequantizeLinear",
+)
+_LONGEST = 10
+"""Nodes between the scores and the softmax, at most."""
 
 
 def attentions(model: Model) -> list[Attention]:
-    """Every attention whose two products are MatMuls of computed operands, in graph order."""
-    found = []
-    for node in model.graph.nodes:
-        if node.op == "Softmax":
-            attention = _attention(node)
-            if attention is not None:
-                found.append(attention)
-    return found
+    """Every attention whose two products are MatMuls of computed operands, in graph order.
+
+    One whose scores or probabilities are read elsewhere too is none: no kernel can fuse it.
+    """
+    outputs = {id(t) for t in model.graph.outputs}
+    found = [_attention(n) for n in model.graph.nodes if n.op == "Softmax"]
+    return [a for a in found if a is not None and not outputs & _inside(a)]
 
 
 def _attention(softmax: gs.Node) -> Attention | None:
-    values = softmax
-    after = []
-    while values.op != "MatMul":
-        consumers = values.outputs[0].outputs
-        if len(consumers) != 1 or (values is not softmax and values.op not in _AFTER_SOFTMAX):
+    if not _is_over_last_axis(softmax):
+        return None
+    after = _path_to_values(softmax)
+    before = _path_to_scores(softmax.inputs[0], _LONGEST)
+    if after is None or before is None:
+        return None
+    scores, values = before[0], after[-1]
+    return Attention(scores, softmax, values, (*before[1:], softmax, *after[:-1]))
+
+
+def _inside(attention: Attention) -> set[int]:
+    """Ids of the tensors that a fused kernel never writes."""
+    return {id(t) for n in (attention.scores, *attention.between) for t in n.outputs}
+
+
+def _is_over_last_axis(softmax: gs.Node) -> bool:
+    axis, shape = softmax.attrs.get("axis", -1), softmax.inputs[0].shape
+    return bool(axis == -1 or (shape is not None and axis == len(shape) - 1))
+
+
+def _path_to_values(softmax: gs.Node) -> list[gs.Node] | None:
+    """Nodes from the softmax, left out, down to the MatMul that reads it as its first operand."""
+    path: list[gs.Node] = []
+    tensor = softmax.outputs[0]
+    while len(path) < _LONGEST:
+        consumers = [c for c in tensor.outputs if c.op != "Shape"]
+        if len(consumers) != 1:
             return None
-        values = consumers[0]
-        after.append(values)
-    if values.inputs[0].inputs == [] or constant_operand(values, 1) is not None:
-        return None
-    path = _path_to_scores(softmax.inputs[0], 6)
-    if path is None or constant_operand(path[0], 1) is not None:
-        return None
-    scores, before = path[0], path[1:]
-    scale = tuple(n for n in before if n.op in ("Mul", "Div") and _by_constant(n))
-    return Attention(scores, softmax, values, scale, (*before, softmax, *after[:-1]))
+        node = consumers[0]
+        path.append(node)
+        if node.op == "MatMul":
+            computed = node.inputs[0] is tensor and constant_operand(node, 1) is None
+            return path if computed else None
+        if node.op not in _TO_VALUES:
+            return None
+        tensor = node.outputs[0]
+    return None
 
 
 def _path_to_scores(tensor: gs.Tensor, depth: int) -> list[gs.Node] | None:
@@ -217,15 +265,51 @@ def _path_to_scores(tensor: gs.Tensor, depth: int) -> list[gs.Node] | None:
     if node is None or depth == 0:
         return None
     if node.op == "MatMul":
-        return [node]
-    if node.op in _SOFTMAX_TO_SCORES:
-        for source in node.inputs:
+        computed = all(constant_operand(node, i) is None for i in (0, 1))
+        return [node] if computed else None
+    if node.op in _TO_SCORES and _keeps_rows(node):
+        inputs = node.inputs if node.op not in ("Reshape", "QuantizeLinear") else node.inputs[:1]
+        for source in inputs:
             path = _path_to_scores(source, depth - 1)
             if path is not None:
                 return [*path, node]
     return None
 
 
-def _by_constant(node: gs.Node) -> bool:
-    constants = [scalar(t) is not None for t in node.inputs]
-    return constants[1] or (node.op == "Mul" and constants[0])
+def _keeps_rows(node: gs.Node) -> bool:
+    """Whether the last axis stays the last: a Flatten around a softmax may join others to it."""
+    shape = node.inputs[0].shape
+    last = (-1,) if shape is None else (-1, len(shape) - 1)
+    return node.op != "Flatten" or node.attrs.get("axis", 1) in last
+
+
+def factors_behind(model: Model, scores: gs.Node) -> list[tuple[gs.Node, float]]:
+    """The Mul and Div by a constant that follow a product at once, Casts seen through.
+
+    Each with the factor it stands for. What is read elsewhere too ends the row.
+    """
+    outputs = {id(t) for t in model.graph.outputs}
+    found = []
+    tensor = scores.outputs[0]
+    while len(tensor.outputs) == 1 and id(tensor) not in outputs:
+        node = tensor.outputs[0]
+        if node.op in ("Mul", "Div"):
+            value = _factor(node, tensor)
+            if value is None:
+                break
+            found.append((node, value))
+        elif node.op != "Cast":
+            break
+        tensor = node.outputs[0]
+    return found
+
+
+def _factor(node: gs.Node, tensor: gs.Tensor) -> float | None:
+    """What a Mul or Div by one constant number multiplies `tensor` by, finite and positive."""
+    constant = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
+    value, rank = scalar(constant), len(tensor.shape or ())
+    if value is None or not 0 < value < np.inf or len(constant.shape) > rank:
+        return None
+    if node.op == "Mul":
+        return value
+    return None if constant is node.inputs[0] else 1 / value
