@@ -83,7 +83,7 @@ def quantize(
     )
     destination = _destination(source, output, chosen.name)
     _refuse_missing_data(chosen, data, load_calib)
-    report = Report(f"recipe {chosen.name}: {reason}")
+    report = Report(f"recipe {chosen.name} for {target}: {reason}")
 
     graph, placement = _placed(source, chosen, target, report)
     before = _facts_before(graph)
@@ -137,7 +137,7 @@ def inspect(
         if record is not None:
             return Inspected(Report(f"written by onnxq {record.get('version', '?')}", record))
     chosen, reason = choose_recipe(recipe, target, rules)
-    report = Report(f"recipe {chosen.name}: {reason}")
+    report = Report(f"recipe {chosen.name} for {target}: {reason}")
     _, placement = _placed(source, chosen, target, report)
     report.facts.update(
         model=source,
@@ -321,8 +321,11 @@ def _placed(source: Path, recipe: Recipe, target: str, report: Report) -> tuple[
 
 
 def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
+    if not source.is_file():
+        what = "not a file" if source.exists() else "no such file"
+        raise OnnxqError(f"{what}: {source}", "name the model's .onnx file")
     path = Path(output) if output else source.with_name(f"{source.stem}.{recipe}.onnx")
-    if path.exists() and source.exists() and path.samefile(source):
+    if path.exists() and path.samefile(source):
         raise OnnxqError(f"the output is the input: {path}", "give another path with -o")
     if path.is_dir():
         raise OnnxqError(f"the output is a folder: {path}", "name the file to write")

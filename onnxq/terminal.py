@@ -89,7 +89,7 @@ def quantized_lines(result: Quantized) -> list[str]:
     before, after = facts["bytes_before"], facts["bytes_after"]
     lines.append(
         f"wrote {facts['output']}: {megabytes(after)}, {after / before:.2f} x of "
-        f"{megabytes(before)}, in {facts['seconds']:.1f} s (for {facts['target']})"
+        f"{megabytes(before)}, in {facts['seconds']:.1f} s"
     )
     return lines + _notes(result.report.notes)
 
@@ -100,7 +100,7 @@ def inspected_lines(result: Inspected) -> list[str]:
         return [result.report.title, *_flat(result.report.facts)]
     facts = result.report.facts
     return [
-        f"{result.report.title} (for {facts['target']})",
+        result.report.title,
         *result.placement.lines(),
         *_site_lines(facts["sites"]),
     ]
