@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -17,6 +18,8 @@ Mode = Literal["static", "dynamic"]
 Choice = Literal["quantize", "leave"]
 
 _CALIBRATORS = ("max", "percentile", "entropy", "mse")
+_OPS = ("MatMul", "Gemm", "Conv")
+_CHOICES = ("quantize", "leave")
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,20 @@ class Rule:
     module: str = ""
     op: str = ""
 
+    def __post_init__(self) -> None:
+        if not (self.node or self.weight or self.module or self.op):
+            raise OnnxqError(
+                f"the rule '{self.action}' has no pattern, and would match everything",
+                "give it node=, weight=, module= or op= with a name or a glob such as *",
+            )
+
+    def as_dict(self) -> dict[str, str]:
+        """The action and the patterns given."""
+        return {name: text for name, text in asdict(self).items() if text}
+
     def __str__(self) -> str:
-        patterns = {k: v for k, v in asdict(self).items() if v and k != "action"}
-        return f"{self.action} " + " ".join(f"{k}={v}" for k, v in patterns.items())
+        patterns = [f"{k}={v}" for k, v in self.as_dict().items() if k != "action"]
+        return " ".join((self.action, *patterns))
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,11 @@ class Recipe:
     lm_head: Choice = "leave"
     first: Choice = "quantize"
     last: Choice = "quantize"
-    ops: tuple[str, ...] = ("MatMul", "Gemm", "Conv")
+    ops: tuple[str, ...] = _OPS
     rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_values(self)
 
     @property
     def needs_data(self) -> bool:
@@ -84,8 +101,9 @@ class Recipe:
         return self.mode == "static"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; `from_dict` reads it back."""
-        return asdict(self)
+        """Plain data as YAML and JSON have it; `from_dict` reads it back."""
+        content = _shallow(self)
+        return {**content, "ops": list(self.ops), "rules": [r.as_dict() for r in self.rules]}
 
     def with_rules(self, rules: tuple[Rule, ...]) -> Recipe:
         """The same with more rules behind its own."""
@@ -94,6 +112,9 @@ class Recipe:
 
 def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
     """Read a recipe from plain data.
+
+    Args:
+        source: the file's name; the recipe is called so unless it says otherwise.
 
     Raises:
         OnnxqError: an unknown field or value, naming it and what is allowed.
@@ -107,74 +128,100 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
     if unknown:
         raise OnnxqError(
             f"recipe {source}: unknown field {unknown[0]!r}",
-            f"fields are: {', '.join(sorted(known))}",
+            f"fields are: {', '.join(sorted(known))} (or does it come from a newer onnxq?)",
         )
     values = {"name": Path(source).stem, **content}
-    values["rules"] = tuple(_rule(r, source) for r in values.get("rules") or ())
-    values["ops"] = tuple(values.get("ops") or Recipe.ops)
-    recipe = Recipe(**values)
+    _check_types(f"recipe {source}", values)
+    values["rules"] = tuple(_rule(r, f"recipe {source}") for r in values.get("rules", ()))
+    values["ops"] = tuple(values.get("ops", _OPS))
+    return Recipe(**values)
+
+
+def _check_types(where: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        kind = {"attention": bool, "ops": list, "rules": list}.get(name, str)
+        if not isinstance(value, (list, tuple) if kind is list else kind):
+            word = {bool: "true or false", list: "a list", str: "text"}[kind]
+            raise OnnxqError(f"{where}: {name} is {value!r}", f"{name} takes {word}")
+
+
+def _check_values(recipe: Recipe) -> None:
+    where = f"recipe {recipe.name}"
+    if not re.fullmatch(r"[\w.+-]+", recipe.name):
+        raise OnnxqError(
+            f"{where}: its name cannot be part of a file's name",
+            "use letters, digits and . _ + -",
+        )
     for name in (recipe.weights, recipe.activations):
         quant_format(name)
-    _check_choice(source, "mode", recipe.mode, ("static", "dynamic"))
-    _check_choice(source, "weight_granularity", recipe.weight_granularity, ("channel", "tensor"))
+    _check_choice(where, "mode", recipe.mode, ("static", "dynamic"))
+    _check_choice(where, "weight_granularity", recipe.weight_granularity, ("channel", "tensor"))
     for name in ("lm_head", "first", "last"):
-        _check_choice(source, name, getattr(recipe, name), ("quantize", "leave"))
+        _check_choice(where, name, getattr(recipe, name), _CHOICES)
+    for op in recipe.ops:
+        _check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
     if recipe.weights != recipe.activations:
         raise OnnxqError(
-            f"recipe {source}: weights {recipe.weights} with activations {recipe.activations}",
+            f"{where}: weights {recipe.weights} with activations {recipe.activations}",
             "both operands of a matrix product must have one format",
         )
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
         raise OnnxqError(
-            f"recipe {source}: attention in {recipe.activations} {recipe.mode}",
+            f"{where}: attention in {recipe.activations} {recipe.mode}",
             "TensorRT fuses quantized attention in static fp8 only",
         )
-    return recipe
 
 
 def check_calibrator(text: str) -> tuple[str, float | None]:
-    """Split `percentile:99.99` into its name and number; the others have none."""
-    name, _, number = text.partition(":")
-    try:
-        value = float(number) if number else (99.99 if name == "percentile" else None)
-    except ValueError:
-        value = -1.0
-    if name not in _CALIBRATORS or (value is not None and not 0 < value <= 100):
-        raise OnnxqError(
-            f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy or mse"
-        )
-    return name, value
+    """Split `percentile:99.99` into its name and number; the others have none.
+
+    Raises:
+        OnnxqError: no such calibrator, or a number it does not take.
+    """
+    name, colon, number = text.partition(":")
+    if name == "percentile":
+        try:
+            value = float(number) if colon else 99.99
+        except ValueError:
+            value = 0.0
+        if 0 < value <= 100:
+            return name, value
+    elif name in _CALIBRATORS and not colon:
+        return name, None
+    raise OnnxqError(f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy or mse")
 
 
-def _rule(content: Any, source: str) -> Rule:
+def _rule(content: Any, where: str) -> Rule:
     if isinstance(content, str):
         return parse_rule(content)
-    allowed = {f.name for f in fields(Rule)}
-    if not isinstance(content, Mapping) or not set(content) <= allowed or len(content) < 2:
+    allowed = [f.name for f in fields(Rule)]
+    if not isinstance(content, Mapping) or not set(content) <= set(allowed):
         raise OnnxqError(
-            f"recipe {source}: a rule cannot be read: {content!r}",
-            f"a rule has an action and at least one of: {', '.join(sorted(allowed - {'action'}))}",
+            f"{where}: a rule cannot be read: {content!r}",
+            f"a rule has an action and patterns: {', '.join(allowed[1:])}",
         )
-    _check_choice(source, "action", content.get("action"), ("quantize", "leave"))
+    _check_choice(where, "action", content.get("action"), _CHOICES)
+    if not all(isinstance(v, str) for v in content.values()):
+        raise OnnxqError(f"{where}: a rule's patterns are text: {content!r}", "quote them")
     return Rule(**content)
 
 
 def parse_rule(text: str) -> Rule:
     """Read `leave module=model.layers.0.*` or `quantize op=Gemm node=/fc1`."""
-    action, *patterns = text.split()
-    content: dict[str, str] = {"action": action}
-    for pattern in patterns:
+    action, _, rest = text.strip().partition(" ")
+    content = {"action": action}
+    for pattern in re.split(r"\s+(?=\w+=)", rest.strip()):
         key, _, value = pattern.partition("=")
+        if key in content:
+            raise OnnxqError(f"the rule {text!r} has two patterns for {key}", "write two rules")
         content[key] = value
-    return _rule(content, f"rule {text!r}")
+    return _rule(content, f"the rule {text!r}")
 
 
-def _check_choice(source: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _check_choice(where: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise OnnxqError(
-            f"recipe {source}: {name} is {value!r}", f"choose one of: {', '.join(allowed)}"
-        )
+        raise OnnxqError(f"{where}: {name} is {value!r}", f"choose one of: {', '.join(allowed)}")
 
 
 def _shallow(recipe: Recipe) -> dict[str, Any]:
@@ -185,7 +232,7 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
 def presets() -> dict[str, Recipe]:
     """The recipes that come with onnxq, by name."""
     found = {}
-    for entry in sorted(resources.files("onnxq.recipes").iterdir(), key=lambda e: e.name):
+    for entry in sorted(resources.files("onnxq.recipes").iterdir(), key=lambda e: e.name[:-5]):
         if entry.name.endswith(".yaml"):
             found[entry.name[:-5]] = from_dict(
                 _yaml(entry.read_text("utf-8"), entry.name), entry.name
@@ -205,6 +252,8 @@ def load(name: str) -> Recipe:
             text = path.read_text("utf-8")
         except UnicodeDecodeError:
             raise OnnxqError(f"recipe {path} is not text", "a recipe is a YAML file") from None
+        except OSError as error:
+            raise OnnxqError(f"cannot read recipe {path}: {error.strerror}", "") from None
         return from_dict(_yaml(text, str(path)), str(path))
     raise OnnxqError(
         f"unknown recipe {name!r}", f"choose one of: {', '.join(presets())}, or a .yaml file"
