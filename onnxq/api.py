@@ -164,7 +164,8 @@ def build(
     output: PathLike | None = None,
     *,
     target: str = DEFAULT_TARGET,
-    shapes: Sequence[str] = (),
+    shapes: Sequence[str] | Sequence[Sequence[str]] = (),
+    data: PathLike | Data | None = None,
     backend: str | None = None,
     strict: bool = False,
     progress: Progress = silent,
@@ -174,26 +175,38 @@ def build(
     Args:
         output: default: beside the model, `<name>.plan`. A sidecar `<output>.json` goes with it.
         target: compute capability, or several joined by commas (not for the backend `tensorrt`).
-        shapes: `NAME:MIN[,OPT,MAX]`, once per dynamic input.
+        shapes: `NAME:MIN[,OPT,MAX]`, once per dynamic input; a list of such lists, or names given
+            again, are several profiles.
+        data: samples whose smallest, middle and largest shapes make the profile.
         strict: `passed` is False unless every quantized product runs in its format.
     """
     from onnxq.engine.build import build as compile_engine
-    from onnxq.engine.coverage import cover
     from onnxq.engine.expected import expected_products
+    from onnxq.engine.shapes import profile_from_ranges, split_profiles
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import infer_types
 
-    source = Path(model)
+    source, given = Path(model), Data.of(data)
     graph = Model.load(source)
     infer_types(graph)
-    destination = Path(output) if output else source.with_suffix(".plan")
+    profiles: Sequence[Any] = split_profiles(shapes)
+    if given.given:
+        if profiles:
+            raise OnnxqError("shapes and data both given", "give one of them")
+        profiles = [profile_from_ranges(given.open(graph.inputs(), progress).shapes())]
     built = compile_engine(
-        source, destination, target=target, shapes=tuple(shapes), backend=backend, progress=progress
+        source,
+        Path(output) if output else source.with_suffix(".plan"),
+        target=target,
+        shapes=profiles,
+        nodes=expected_products(graph),
+        backend=backend,
+        progress=progress,
     )
-    coverage = cover(built.layers, expected_products(graph), built.profiles)
+    coverage = built.coverage
     report = Report(f"{source.name} compiled for {target}", notes=list(built.warnings))
     report.facts.update(
-        engine=destination,
+        engine=built.engine,
         engine_bytes=built.engine_bytes,
         versions=built.versions,
         targets=built.targets,
@@ -201,10 +214,8 @@ def build(
         layers=len(built.layers),
         products=coverage.counts(),
         weight_bytes=dict(coverage.weight_bytes),
-        missed=[
-            {"node": m.node.name, "wanted": m.node.wanted, "ran": m.ran, "reason": m.reason}
-            for m in coverage.missed
-        ],
+        coverage=coverage.to_json(),
+        commands=built.commands(),
     )
     return Built(report, coverage.complete or not strict, built, coverage)
 

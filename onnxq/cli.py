@@ -203,14 +203,15 @@ def inspect(progress: Any, /, model: Path, report: Path | None, **options: Any) 
     "--shapes",
     multiple=True,
     metavar="NAME:MIN[,OPT,MAX]",
-    help="Once per dynamic input, such as input_ids:1x1,1x256,4x512.",
+    help="Once per dynamic input, such as input_ids:1x1,1x256,4x512; names again: a next profile.",
 )
+@_data_options("--data", "Instead of --shapes, samples whose shapes make the profile")
 @click.option(
     "--backend",
     type=click.Choice(["tensorrt_rtx", "tensorrt"]),
     help="[default: tensorrt_rtx, ahead of time, no GPU needed]",
 )
-@click.option("--strict", is_flag=True, help="Exit 1 if a quantized node did not end in 8 bits.")
+@click.option("--strict", is_flag=True, help="Exit 1 if a quantized layer did not end in 8 bits.")
 @_REPORT
 @click.pass_obj
 def build(progress: Any, /, model: Path, report: Path | None, **options: Any) -> None:
@@ -218,7 +219,8 @@ def build(progress: Any, /, model: Path, report: Path | None, **options: Any) ->
     from onnxq import api
     from onnxq.terminal import built_lines
 
-    result = api.build(model, progress=progress, **options)
+    options.pop("device")
+    result = api.build(model, data=_data(options), progress=progress, **options)
     _finish(progress, result, built_lines(result), report)
 
 

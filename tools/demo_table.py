@@ -1,6 +1,6 @@
 """The demo's result table, read from the reports that the demo's commands wrote.
 
-    python -m tools.demo_table models/out/demo
+python -m tools.demo_table models/out/demo
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     for heading in ("", "original", "plain FP16", "FP8"):
         table.add_column(heading, justify="right" if heading else "left")
     before, after = quantize["bytes_before"], quantize["bytes_after"]
-    table.add_row("file", f"{before / 1e6:.0f} MB", "", f"{after / 1e6:.0f} MB ({after / before:.2f} x)")
+    table.add_row(
+        "file", f"{before / 1e6:.0f} MB", "", f"{after / 1e6:.0f} MB ({after / before:.2f} x)"
+    )
     table.add_row(
         "perplexity, held-out text",
         f"{perplexity['reference']:.3f}",

@@ -72,6 +72,39 @@ def profile_from_samples(observed: Mapping[str, Sequence[Shape]]) -> Profile:
     return tuple(_range_of(name, shapes) for name, shapes in observed.items())
 
 
+def profile_from_ranges(
+    observed: Mapping[str, tuple[Shape, Shape, Shape]],
+) -> Profile:
+    """The profile that spans the smallest, middle and largest shape of each input."""
+    return tuple(ShapeRange(name, *(tuple(s) for s in shapes)) for name, shapes in observed.items())
+
+
+def split_profiles(
+    shapes: Sequence[str] | Sequence[Sequence[str]],
+) -> list[list[str]]:
+    """Lists of `--shapes` texts, one a profile: an input named again begins the next one.
+
+    Raises:
+        OnnxqError: a profile lacks an input that another names.
+    """
+    profiles: dict[int, dict[str, str]] = {}
+    if any(not isinstance(entry, str) for entry in shapes):
+        return [list(entry) for entry in shapes]
+    for text in map(str, shapes):
+        name = text.rpartition(":")[0]
+        index = sum(name in profile for profile in profiles.values())
+        profiles.setdefault(index, {})[name] = text
+    names = [set(profile) for profile in profiles.values()]
+    for other in names[1:]:
+        if other != names[0]:
+            missing = sorted(names[0] ^ other)[0]
+            raise OnnxqError(
+                f"--shapes gives {missing!r} for some profiles and not for others",
+                "give every input once for each profile",
+            )
+    return [list(profile.values()) for profile in profiles.values()]
+
+
 def resolve(profile: Profile, inputs: Sequence[EngineInput]) -> Profile:
     """The profile in full: checked against the model's inputs, fixed inputs left out.
 

@@ -51,7 +51,6 @@ def perplexity(model: Path) -> float:
 def wordsim(model: Path) -> float:
     """Spearman's rank correlation with WordSim353."""
     from models.minilm_data import wordsim353
-
     from onnxq.calibrate.session import open_session
 
     session = open_session(model)

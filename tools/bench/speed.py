@@ -50,9 +50,9 @@ def _measure(name: str, what: str) -> dict[str, float]:
 
     from onnxq.calibrate.run import calibrate
     from onnxq.calibrate.session import open_session
+    from onnxq.gpus import target
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import prepare
-    from onnxq.gpus import target
     from onnxq.placement import place
     from onnxq.recipe import load
     from onnxq.samples import Data

@@ -1,0 +1,38 @@
+"""Shared fixtures: the real models, and runs of the command line in this process's environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "models/out"
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """Where `make models` puts the real models; a test that needs one fails without it."""
+    assert (MODELS / "minilm/model.onnx").exists(), "run `make models` first"
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run `onnxq WORDS` in a child process: output, errors and exit code as a user has them."""
+
+    def run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "onnxq.cli", *map(str, words)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

@@ -1,0 +1,120 @@
+"""Real models, quantized and compiled without a GPU: the format of every product is asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onnxq
+from onnxq.samples import Data
+
+SMOLLM2_SHAPES = ["input_ids:1x{0},1x256,4x512", "attention_mask:1x{0},1x256,4x512"]
+MINILM = [f"{n}:1x8,4x128,8x256" for n in ("input_ids", "attention_mask", "token_type_ids")]
+SDXL = [
+    "sample:2x4x16x16",
+    "timestep:2",
+    "encoder_hidden_states:2x77x128",
+    "text_embeds:2x64",
+    "time_ids:2x6",
+]
+PPOCR = ["x:1x3x48x480,4x3x48x480,8x3x48x480"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for path in tmp_path.iterdir():  # engines and weights are large
+        path.unlink()
+
+
+def _compile(
+    model: Path, folder: Path, recipe: str, shapes: list[str], calib: Data | Path | None
+) -> onnxq.api.Built:
+    output = folder / "model.onnx"
+    onnxq.quantize(model, output, recipe=recipe, calib=None if "dynamic" in recipe else calib)
+    return onnxq.build(output, folder / "model.plan", shapes=shapes, strict=True)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8-dynamic", "int8-dynamic"])
+def test_minilm(recipe: str, models: Path, folder: Path) -> None:
+    built = _compile(
+        models / "minilm/model.onnx", folder, recipe, MINILM, models / "minilm/calib.npz"
+    )
+    assert built.passed
+    assert built.report.facts["products"] == {
+        "gemm": {recipe.partition("-")[0]: 36},
+        "conv": {},
+        "attention": {"fused fp16": 6},
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "start", "attention"),
+    [
+        ("fp8", 1, "fused fp16"),
+        ("fp8-attention", 32, "fused fp8"),
+        ("fp8-dynamic", 1, "fused fp16"),
+        ("int8-dynamic", 1, "fused fp16"),
+    ],
+)
+def test_smollm2(recipe: str, start: int, attention: str, models: Path, folder: Path) -> None:
+    """All 210 linear layers in 8 bits and all 30 attentions fused, for dynamic shapes."""
+    source = models / "smollm2-fp32"
+    calib = Data(
+        text=models / "wiki/wiki_calib.txt", tokenizer=source / "tokenizer.json", samples=1
+    )
+    shapes = [s.format(start) for s in SMOLLM2_SHAPES]
+    built = _compile(source / "model.onnx", folder, recipe, shapes, calib)
+    products = built.report.facts["products"]
+    assert built.passed
+    assert products["gemm"][recipe.partition("-")[0]] == 210
+    assert products["attention"] == {attention: 30}
+
+
+def test_fp8_attention_from_one_token_is_reported(models: Path, folder: Path) -> None:
+    """It does not fuse when the sequence may be shorter than 32: strict fails, with the reason."""
+    source = models / "smollm2-fp32"
+    calib = Data(
+        text=models / "wiki/wiki_calib.txt", tokenizer=source / "tokenizer.json", samples=1
+    )
+    shapes = [s.format(1) for s in SMOLLM2_SHAPES]
+    built = _compile(source / "model.onnx", folder, "fp8-attention", shapes, calib)
+    assert not built.passed and built.coverage is not None
+    assert len(built.coverage.missed) == 30
+    assert "32" in built.coverage.missed[0].reason
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8-dynamic", "int8-dynamic"])
+def test_sdxl_tiny(recipe: str, models: Path, folder: Path) -> None:
+    source = models / "sdxl-unet-tiny-fp16"
+    calib = Data(path=source / "calib.npz", batch=2)
+    built = _compile(source / "model.onnx", folder, recipe, SDXL, calib)
+    form = recipe.partition("-")[0]
+    assert built.passed
+    assert built.report.facts["products"] == {
+        "gemm": {form: 213},
+        "conv": {form: 49, "fp16": 2},
+        "attention": {"fused fp16": 34},
+    }
+
+
+def test_sdxl_tiny_attention(models: Path, folder: Path) -> None:
+    """22 of 34 fuse in FP8; the other 12 have a sequence of 16, which the reason says."""
+    source = models / "sdxl-unet-tiny-fp16"
+    calib = Data(path=source / "calib.npz", batch=2)
+    built = _compile(source / "model.onnx", folder, "fp8-attention", SDXL, calib)
+    assert built.report.facts["products"]["attention"]["fused fp8"] == 22
+    assert built.coverage is not None and len(built.coverage.missed) == 12
+
+
+@pytest.mark.parametrize(("recipe", "convolutions"), [("int8-dynamic", 23), ("fp8-dynamic", 22)])
+def test_a_trained_cnn_without_data(
+    recipe: str, convolutions: int, models: Path, folder: Path
+) -> None:
+    built = _compile(models / "ppocr_rec/model.onnx", folder, recipe, PPOCR, None)
+    form = recipe.partition("-")[0]
+    assert built.passed
+    assert built.report.facts["products"]["conv"][form] == convolutions
+    assert built.report.facts["products"]["gemm"][form] == 9
