@@ -226,7 +226,11 @@ def open_samples(
     """
     if batch is not None and batch < 1:
         raise OnnxqError(f"the batch is {batch}", "give 1 or more")
-    return Samples(_source(str(source), inputs, batch), inputs, progress)
+    found = _source(str(source), inputs, batch)
+    samples = Samples(found, inputs, progress)
+    if batch is not None and not isinstance(found, BatchArrays):
+        samples.notes.append(f"the batch of {batch} changes nothing: {source} holds whole feeds")
+    return samples
 
 
 def _source(source: str, inputs: Sequence[InputSpec], batch: int | None) -> Source:

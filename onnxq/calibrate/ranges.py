@@ -32,6 +32,7 @@ DEFAULT_PERCENTILE = 99.99
 _MSE_STEPS_PER_OCTAVE = 64
 _MSE_OCTAVES = 8
 _LEAST = 2.0**-96  # maxima below it, zero above all, are not worth a search (nor binned for one)
+_MOST_CLIPPED = 1000  # entropy clips 1 value in so many at most
 _CLIPS_AT_ONCE = 512  # entropy's work space: 0.5 MB an array
 
 
@@ -102,16 +103,23 @@ def entropy(bins: MagnitudeBins, amax: float, grid: Floats) -> float:
     with all that lies above it added to its last bin; Q spreads what falls to each code evenly
     over the bins of that code which hold anything; take the clip of least sum P log(P / Q). Here
     over 2048 to 4096 bins of one width, every clip from one bin per code up. Zeros are left out:
-    every clip keeps them exactly, and half a ReLU's values would otherwise drown the rest.
+    every clip keeps them exactly, and half a ReLU's values would otherwise drown the rest. Clips
+    that more than 1 value in 1,000 exceeds are not considered: values that pile up on a few points
+    (a blank background behind a convolution) look lost to P log(P / Q) when their code holds
+    neighbours too, and drew the clip into the middle of such distributions: PP-OCRv4's recognizer
+    in INT8 kept 1.4 dB of its output, and keeps 11.6 so.
 
     Returns the upper edge of the clip's last bin.
     """
     counts = _uniform(bins, amax)
     # Where the last bin is empty, P would hold the clipped values there and Q nothing: infinite.
     clips = np.flatnonzero(counts) + 1
-    clips = clips[clips >= min(grid.size, counts.size)]
+    exceeding = counts.sum() - np.cumsum(counts)[clips - 1]
+    enough = (clips >= min(grid.size, counts.size)) & (exceeding * _MOST_CLIPPED <= counts.sum())
+    clips = clips[enough]
     divergences = _divergences(counts, clips, grid)
-    widest = np.flatnonzero(divergences == divergences.min())[-1]
+    # 1e-12 nats: the running sums are rounded; what they cannot tell apart is equal.
+    widest = np.flatnonzero(divergences <= divergences.min() + 1e-12)[-1]
     return float(clips[widest]) * _width(bins)
 
 

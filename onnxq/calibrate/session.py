@@ -87,14 +87,23 @@ class Session:
             if plain and not any(dtypes[name] == ml_dtypes.bfloat16 for name in names):
                 arrays = self._session.run(names, dict(feed))
             else:
-                values = {name: _ort_value(array) for name, array in feed.items()}
-                arrays = [_array(v) for v in self._session.run_with_ort_values(names, values)]
+                arrays = self._run_bound(names, feed)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise OnnxqError(
                 f"ONNX Runtime could not run the model: {one_line(error)}",
                 "check that the data is what this model expects",
             ) from error
         return [_typed(a, dtypes[name]) for a, name in zip(arrays, names, strict=True)]
+
+    def _run_bound(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
+        """The outputs where BF16 goes in or out, which `run` does not take or give."""
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_ortvalue_input(name, _ort_value(array))
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        return [_array(value) for value in binding.get_outputs()]
 
 
 def open_session(
@@ -207,10 +216,10 @@ def _is_qdq_fusion(error: Exception) -> bool:
 
 def _load_error(model: Path | bytes, error: Exception) -> OnnxqError:
     what = str(model) if isinstance(model, Path) else "the model"
-    return OnnxqError(
-        f"ONNX Runtime cannot load {what}: {one_line(error)}",
-        "check that the file is a whole ONNX model and that its external data lies beside it",
-    )
+    hint = "check that the file is a whole ONNX model and that its external data lies beside it"
+    if "NOT_IMPLEMENTED" in str(error):
+        hint = "this device has no kernel for that type: try --device cuda, or an FP32 original"
+    return OnnxqError(f"ONNX Runtime cannot load {what}: {one_line(error)}", hint)
 
 
 def _spec(node: Any) -> InputSpec:

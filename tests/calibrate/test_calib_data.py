@@ -135,12 +135,14 @@ def test_a_folder_of_npy_is_a_batch_of_each_input(tmp_path: Path) -> None:
 def test_a_folder_of_npz_is_a_list_of_samples_fed_as_they_are(tmp_path: Path) -> None:
     for index, seq in enumerate((5, 2, 9)):
         np.savez(tmp_path / f"{index:02}.npz", ids=np.ones((1, seq), np.int64))
-    samples = open_samples(tmp_path, [IDS], batch=None)
+    samples = open_samples(tmp_path, [IDS])
     assert [feed["ids"].shape for feed in samples] == [(1, 5), (1, 2), (1, 9)]
     shapes = samples.shapes()["ids"]
     assert (shapes.minimum, shapes.median, shapes.maximum) == ((1, 2), (1, 5), (1, 9))
     assert samples.largest()["ids"].shape == (1, 9)
     assert "02.npz" in samples.label(2)
+    assert samples.notes == []
+    assert "changes nothing" in open_samples(tmp_path, [IDS], batch=2).notes[0]
 
 
 def test_folders_that_say_nothing_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -145,3 +147,36 @@ def test_cuda_that_is_not_there_is_refused_and_auto_is_content() -> None:
     assert open_session(content, device="auto").provider == "CPUExecutionProvider"
     with pytest.raises(OnnxqError, match="'cuda' was asked for"):
         open_session(content, device="cuda")
+
+
+def test_no_kernel_for_a_type_says_so() -> None:
+    node = helper.make_node("MatMul", ["x", "x"], ["y"])
+    proto = model([node], {"x": (TensorProto.BFLOAT16, [4, 4])}, {"y": TensorProto.BFLOAT16})
+    with pytest.raises(OnnxqError, match=r"cannot load the model.*no kernel for that type"):
+        open_session(proto.SerializeToString(), device="cpu")
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from onnxq.calibrate.session import InputSpec
+    from onnxq.calibrate.text import text_samples
+
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "t.txt").write_text("a b c")
+    ids = InputSpec("input_ids", np.dtype(np.int64), ("batch", "seq"))
+    with pytest.raises(OnnxqError, match=rf"{package}.*onnxq\[cpu\]"):
+        if package == "onnxruntime":
+            open_session(chain().SerializeToString())
+        else:
+            text_samples(tmp_path / "t.txt", tmp_path / "tokenizer.json", [ids])
+
+
+def test_importing_the_room_imports_nothing_heavy() -> None:
+    rooms = ("data", "passes", "probe", "random_data", "ranges", "run", "table", "text")
+    imports = "; ".join(f"import onnxq.calibrate.{name}" for name in rooms)
+    heavy = "{'onnx', 'onnxruntime', 'polygraphy', 'tokenizers', 'scipy'}"
+    code = f"import sys; {imports}; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
