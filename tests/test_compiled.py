@@ -50,6 +50,14 @@ def test_minilm(recipe: str, models: Path, folder: Path) -> None:
     }
 
 
+def test_minilm_from_the_legacy_exporter(models: Path, folder: Path) -> None:
+    """Weights in Constant nodes and opset 17, and layers outside the compiled groups."""
+    source = models / "minilm-legacy/model.onnx"
+    built = _compile(source, folder, "int8-dynamic", MINILM, None)
+    assert built.passed
+    assert built.report.facts["products"]["gemm"] == {"int8": 36}
+
+
 @pytest.mark.parametrize(
     ("recipe", "start", "attention"),
     [

@@ -24,16 +24,24 @@ KNOWN_RELEASE = "1.7.1"
 _HEADER = "Layers:"
 _ORIGIN = "[ONNX Layer: "
 _SEPARATOR = re.compile(r"[\x1e\x1f]")
+_TAIL = r"StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)"
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], "
     r"Constants: \[(?P<constants>.*)\], Outputs: \[(?P<outputs>.*)\], "
-    r"TacticName: (?P<tactic>.*), StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)",
+    r"TacticName: (?P<tactic>.*), " + _TAIL,
+    re.DOTALL,
+)
+# Layers outside a compiled group, such as a shape that is copied to the GPU.
+_OUTSIDE = re.compile(
+    r"Name: (?P<name>.*), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], "
+    r"(?P<constants>)Outputs: \[(?P<outputs>.*)\], ParameterType: .*, " + _TAIL,
     re.DOTALL,
 )
 _NEXT_LINE = re.compile(r"\n(?=Name: )")
 _TENSOR = re.compile(
-    r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[^\]]*\], "
-    r"StrideOrder: \[[^\]]*\], Datatype: (?P<dtype>[^,}]+), Format: .*? \}(?:,|$)",
+    r" ?\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[-\d,]*)\], "
+    r"(?:Strides: \[[^\]]*\], StrideOrder: \[[^\]]*\], )?"
+    r"Datatype: (?P<dtype>[^,}]+), Format: .*? \}(?:,|$)",
     re.DOTALL,
 )
 _PROFILE = re.compile(r"\[profile (\d+)\]")
@@ -142,7 +150,7 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
 
 
 def _read_line(line: str) -> EngineLayer:
-    match = _LINE.fullmatch(line)
+    match = _LINE.fullmatch(line) or _OUTSIDE.fullmatch(line)
     if match is None:
         raise _unreadable(f"cannot read this line of the compiler's log: {line[:200]!r}")
     return EngineLayer(

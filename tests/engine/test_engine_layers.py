@@ -126,3 +126,19 @@ def test_the_inspectors_json_reads_alike() -> None:
 def test_an_inspectors_text_without_layers_is_an_error(text: str, message: str) -> None:
     with pytest.raises(OnnxqError, match=message):
         layers_from_inspector(text)
+
+
+def test_a_layer_outside_a_compiled_group() -> None:
+    """As the compiler prints it for torch's legacy exports: no constants, no strides, parameters."""
+    line = (
+        "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: "
+        "[ { Name: /Gather_3_output_0, Location: Device, Dimensions: [1], Datatype: Int64, "
+        "Format: Format not available due to dynamic shapes }], ParameterType: ShapeH2D, "
+        "shapeValues0: [-5], TacticValue: 0x0000000000000000, StreamId: 0, Metadata: "
+    )
+    (layer,) = layers_from_log(["Layers:\n" + line])
+    assert (layer.name, layer.kind) == ("[ShapeHostToDeviceCopy 0]", "ShapeHostToDevice")
+    assert [(t.name, t.dims, t.dtype) for t in layer.outputs] == [
+        ("/Gather_3_output_0", (1,), "int64")
+    ]
+    assert not layer.inputs and not layer.constants and not layer.onnx_nodes
