@@ -3,61 +3,31 @@
 Nothing here looks at calibration data or at the size of an activation, so the same model is placed
 alike whatever the batch. The rules' sources are TensorRT's documentation of explicit quantization
 and what its compiler was seen to do with each form (README, *What compiles*).
+
+Additions are left alone, residual ones behind convolutions too. Quantizing the residual branch of
+ResNet blocks removes no kernel in what tensorrt-rtx 1.7 compiles for sm89, in INT8 or FP8: 20
+layers with and without. Under one scale a weight the convolution takes the addition in, with a
+16-bit residual; the quantized one then costs 7 % more bytes. Under a scale a channel it saves 10 %
+of the bytes between layers, and rounds the stream that every later block reads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-
-import onnx_graphsurgeon as gs
 
 from onnxq.errors import OnnxqError
 from onnxq.formats import QuantFormat, quant_format
 from onnxq.gpus import Target
 from onnxq.graph.model import Model
-from onnxq.graph.query import (
-    Attention,
-    ConstantOperand,
-    attentions,
-    constant_operand,
-    is_floating,
-    label,
-    module_path,
-    producer,
-)
+from onnxq.graph.query import constant_operand, known_shapes, label
+from onnxq.graph.roles import embedding_rows, first_convolutions, last_layers
 from onnxq.recipe import Recipe, Rule
+from onnxq.sites import Site, bystanders, find_sites
 
-
-@dataclass(frozen=True)
-class Site:
-    """A place that could be quantized.
-
-    Attributes:
-        node: the multiplying node (for an attention: the product of q and k).
-        kind: `linear`, `conv`, `attention` or `product` (two computed operands).
-        operand: the weight, as the node sees it.
-        module: module path from the metadata, or ''.
-        attention: the pattern, for an attention.
-    """
-
-    node: gs.Node
-    kind: str
-    operand: ConstantOperand | None = None
-    module: str = ""
-    attention: Attention | None = None
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return label(self.node)
-
-    @property
-    def weight_name(self) -> str:
-        """The initializer's name, or ''."""
-        return self.operand.constant.name if self.operand else ""
+__all__ = ["Decision", "Placement", "Site", "find_sites", "place"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +61,7 @@ class Placement:
         """One line a site, for people and golden tests."""
         return [
             f"{'quantize' if d.quantized else 'leave   '}  {d.site.kind:9}  {_shape(d.site):16}  "
-            f"{d.site.name}  {d.reason}"
+            f"{d.site.name}{f' [{d.site.module}]' if d.site.module else ''}  {d.reason}"
             for d in self.decisions
         ]
 
@@ -115,9 +85,18 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
         )
     _refuse_quantized(model)
     sites = find_sites(model)
-    context = _Context(model, recipe, fmt, _heads(model), _first_convs(model))
+    context = _Context(
+        model,
+        recipe,
+        fmt,
+        last_layers(model),
+        first_convolutions(model),
+        embedding_rows(model),
+        _head_sizes(model, sites) if recipe.attention or recipe.rules else {},
+    )
     decisions = [_decide(site, context) for site in sites]
-    decisions = _apply_rules(decisions, recipe.rules)
+    decisions += [Decision(site, False, reason) for site, reason in bystanders(model, sites)]
+    decisions = _apply_rules(decisions, recipe.rules, context)
     return Placement(recipe, target, tuple(decisions))
 
 
@@ -139,27 +118,6 @@ def _refuse_quantized(model: Model) -> None:
             )
 
 
-def find_sites(model: Model) -> list[Site]:
-    """Every node that multiplies matrices or convolves, in graph order."""
-    patterns = {id(a.scores): a for a in attentions(model)}
-    second = {id(a.values) for a in patterns.values()}
-    sites = []
-    for node in model.graph.nodes:
-        if node.op not in ("MatMul", "Gemm", "Conv", "ConvTranspose") or node.domain:
-            continue
-        if id(node) in second or not all(is_floating(t.dtype) for t in node.inputs[:2]):
-            continue
-        module = module_path(model, node)
-        if id(node) in patterns:
-            sites.append(Site(node, "attention", None, module, patterns[id(node)]))
-            continue
-        operand = constant_operand(node, 1)
-        linear = "linear" if operand or constant_operand(node, 0) else "product"
-        kind = "conv" if node.op.startswith("Conv") else linear
-        sites.append(Site(node, kind, operand, module))
-    return sites
-
-
 @dataclass(frozen=True)
 class _Context:
     model: Model
@@ -167,6 +125,8 @@ class _Context:
     fmt: QuantFormat
     heads: frozenset[int]
     first_convs: frozenset[int]
+    vocabularies: frozenset[int]
+    head_sizes: Mapping[int, int | None]
 
 
 def _decide(site: Site, context: _Context) -> Decision:
@@ -210,6 +170,8 @@ def _odd_operands(site: Site, context: _Context) -> str:
         return (
             "its weight is computed" if site.kind == "conv" else "its weight is the first operand"
         )
+    if constant_operand(node, 0) is not None:
+        return "both of its operands are constant"
     if site.kind == "linear" and len(operand.shape) != 2:
         return f"its weight has {len(operand.shape)} dimensions, not 2"
     if node.attrs.get("transA", 0):
@@ -235,8 +197,11 @@ def _thin(site: Site, context: _Context) -> str:
     in_channels = per_group * group
     least = 16 if context.fmt.name == "int8" else 17
     if min(per_group, out_channels // group) < least:
-        what = f"{in_channels} -> {out_channels}" + (f" in {group} groups" if group > 1 else "")
-        return f"thin: {what} channels, no {context.fmt.name} kernel below {least}"
+        groups = f" in {group} groups" if group > 1 else ""
+        return (
+            f"thin: {in_channels} -> {out_channels} channels{groups}, "
+            f"no {context.fmt.name} kernel below {least}"
+        )
     volume = 1
     for size in kernel:
         volume *= size
@@ -250,7 +215,7 @@ def _by_role(site: Site, context: _Context) -> str:
     if recipe.first == "leave" and id(site.node) in context.first_convs:
         return "first convolution, left by the recipe"
     if id(site.node) in context.heads and site.operand is not None:
-        if _is_lm_head(site, context.model) and recipe.lm_head == "leave":
+        if _is_lm_head(site, context) and recipe.lm_head == "leave":
             return "lm_head, left by the recipe"
         if recipe.last == "leave":
             return "makes an output, left by the recipe"
@@ -260,10 +225,20 @@ def _by_role(site: Site, context: _Context) -> str:
 def _attention_shape(site: Site, context: _Context) -> str:
     if site.attention is None:
         return ""
-    size = (site.attention.scores.inputs[0].shape or [None])[-1]
-    if isinstance(size, int) and (size % 16 or size > 256):
+    size = context.head_sizes.get(id(site.node))
+    if size is None:
+        return "head size unknown: fused attention needs a multiple of 16 up to 256"
+    if size % 16 or size > 256:
         return f"head size {size}: fused attention needs a multiple of 16 up to 256"
     return ""
+
+
+def _head_sizes(model: Model, sites: Sequence[Site]) -> dict[int, int | None]:
+    """By id of each attention's first product: the length that q and k are multiplied over."""
+    tensors = {id(s.node): s.node.inputs[0] for s in sites if s.attention is not None}
+    shapes = known_shapes(model, tensors.values())
+    last = {key: (shapes[t.name] or [None])[-1] for key, t in tensors.items()}
+    return {key: size if isinstance(size, int) else None for key, size in last.items()}
 
 
 _RULES: tuple[Callable[[Site, _Context], str], ...] = (
@@ -275,112 +250,79 @@ _RULES: tuple[Callable[[Site, _Context], str], ...] = (
 )
 """Each names the reason to leave a site, or ''; the first reason stands."""
 
-_TO_OUTPUT = (
-    "Cast",
-    "Add",
-    "Identity",
-    "Reshape",
-    "Squeeze",
-    "Softmax",
-    "Sigmoid",
-    "LogSoftmax",
-    "Transpose",
-    "Mul",
-    "Div",
-    "Slice",
-    "Tanh",
-    "Clip",
-)
 
-
-def _heads(model: Model) -> frozenset[int]:
-    """Multiplying nodes that reach a graph output through elementwise and layout nodes only."""
-    found, seen = set(), set()
-    stack = list(model.graph.outputs)
-    while stack:
-        node = producer(stack.pop())
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.op in ("MatMul", "Gemm", "Conv"):
-            found.add(id(node))
-        elif node.op in _TO_OUTPUT:
-            stack.extend(node.inputs)
-    return frozenset(found)
-
-
-def _is_lm_head(site: Site, model: Model) -> bool:
-    """A projection onto the vocabulary: tied with an embedding, or wide beyond any other layer."""
-    assert site.operand is not None
-    tied = any(consumer.op == "Gather" for consumer in site.operand.constant.outputs)
-    if site.kind != "linear":
+def _is_lm_head(site: Site, context: _Context) -> bool:
+    """A projection onto a vocabulary: an embedding has as many rows, or the name says so."""
+    if site.operand is None or site.kind != "linear":
         return False
+    tied = any(consumer.op == "Gather" for consumer in site.operand.constant.outputs)
     k, n = site.operand.shape
     if site.node.attrs.get("transB", 0):
         n, k = k, n
-    return tied or n >= 8 * k or "lm_head" in site.name or site.module.endswith("lm_head")
+    wide = n >= 8 * k and n in context.vocabularies
+    return tied or wide or "lm_head" in site.name or site.module.endswith("lm_head")
 
 
-def _first_convs(model: Model) -> frozenset[int]:
-    inputs = {id(t) for t in model.graph.inputs}
-    found = set()
-    for node in model.graph.nodes:
-        if node.op == "Conv":
-            tensor = node.inputs[0]
-            source = producer(tensor)
-            while source is not None and source.op in (
-                "Cast",
-                "Sub",
-                "Div",
-                "Mul",
-                "Add",
-                "Transpose",
-            ):
-                tensor = source.inputs[0]
-                source = producer(tensor)
-            if id(tensor) in inputs:
-                found.add(id(node))
-    return frozenset(found)
-
-
-def _apply_rules(decisions: list[Decision], rules: tuple[Rule, ...]) -> list[Decision]:
+def _apply_rules(
+    decisions: list[Decision], rules: tuple[Rule, ...], context: _Context
+) -> list[Decision]:
     for rule in rules:
-        matched = [_matches(rule, d.site) for d in decisions]
-        if not any(matched):
+        hits = [i for i, d in enumerate(decisions) if _matches(rule, d.site)]
+        if not hits:
             names = ", ".join(sorted(d.site.name for d in decisions)[:3])
             raise OnnxqError(
                 f"the rule '{rule}' matches no node",
                 f"see `onnxq inspect` for the names (such as {names}); * and ? are wildcards",
             )
-        decisions = [
-            _overrule(d, rule) if hit else d for d, hit in zip(decisions, matched, strict=True)
-        ]
+        decisions = list(decisions)
+        for i in hits:
+            decisions[i] = _overrule(decisions[i], rule, context)
+        if rule.action == "quantize" and not any(decisions[i].quantized for i in hits):
+            first = decisions[hits[0]]
+            raise OnnxqError(
+                f"the rule '{rule}' asks for {first.site.name!r}, which cannot be quantized: "
+                f"{first.reason}",
+                "take the rule out, or name another node",
+            )
     return decisions
 
 
-def _overrule(decision: Decision, rule: Rule) -> Decision:
+def _overrule(decision: Decision, rule: Rule, context: _Context) -> Decision:
+    site = decision.site
     if rule.action == "leave":
-        return Decision(decision.site, False, f"left by the rule '{rule}'")
-    impossible = decision.site.operand is None and decision.site.kind != "attention"
-    if impossible or decision.site.node.op == "ConvTranspose":
-        raise OnnxqError(
-            f"the rule '{rule}' asks for {decision.site.name!r}, which cannot be quantized: "
-            f"{decision.reason}",
-            "narrow the rule",
-        )
-    return Decision(decision.site, True, f"quantized by the rule '{rule}'")
+        return Decision(site, False, f"left by the rule '{rule}'")
+    obstacle = _obstacle(decision, context)
+    if obstacle:
+        return Decision(site, False, obstacle)
+    return Decision(site, True, f"quantized by the rule '{rule}'")
+
+
+def _obstacle(decision: Decision, context: _Context) -> str:
+    """Why no rule can have a site quantized, or ''."""
+    site = decision.site
+    if site.kind == "attention":
+        static_fp8 = context.fmt.name == "fp8" and context.recipe.mode == "static"
+        return "" if static_fp8 else "attention is quantized in static fp8 only"
+    if site.kind == "other":
+        return decision.reason
+    if site.node.op == "ConvTranspose" or site.kind == "product":
+        return _not_a_candidate(site, context)
+    return _odd_operands(site, context)
 
 
 def _matches(rule: Rule, site: Site) -> bool:
-    return all(
-        _glob(pattern).fullmatch(text) is not None
-        for pattern, text in (
-            (rule.node, site.name),
-            (rule.weight, site.weight_name),
-            (rule.module, site.module),
-            (rule.op, site.node.op),
+    return any(
+        all(
+            _glob(pattern).fullmatch(text) is not None
+            for pattern, text in (
+                (rule.node, label(node)),
+                (rule.weight, site.weight_name),
+                (rule.module, site.module),
+                (rule.op, node.op),
+            )
+            if pattern
         )
-        if pattern
+        for node in site.nodes
     )
 
 

@@ -147,7 +147,8 @@ def _quantize_layers(
     if dtype.itemsize == 2:
         common, scales = _shared_scale(scales, dtype)
     for site, axis, scale in zip(sites, axes, scales, strict=True):
-        weight, ratio = emitter.weight(_operand(site), axis, scale, common, site.node)
+        gain = _take_alpha(emitter.editor, site.node) if dtype.itemsize == 2 else 1.0
+        weight, ratio = emitter.weight(_operand(site), axis, scale, common, site.node, gain)
         _quantize_product(emitter, site, weight, ratio, ranges)
 
 
@@ -204,6 +205,14 @@ def output_axis(site: Site) -> int:
     if site.kind == "conv" or site.node.attrs.get("transB", 0):
         return 0
     return 1
+
+
+def _take_alpha(editor: Editor, node: gs.Node) -> float:
+    """Remove the factor of a Gemm: in 16 bits the compiler would apply it beside the scales."""
+    alpha = float(node.attrs.get("alpha", 1.0))
+    if alpha != 1.0:
+        editor.set_attribute(node, "alpha", None)
+    return alpha
 
 
 def _take_bias(editor: Editor, site: Site, rank: int) -> gs.Tensor | None:

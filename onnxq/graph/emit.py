@@ -27,8 +27,9 @@ import onnx_graphsurgeon as gs
 
 from onnxq import numerics
 from onnxq.formats import QuantFormat
+from onnxq.graph.attention import factors_behind
 from onnxq.graph.edit import Editor
-from onnxq.graph.query import ConstantOperand, factors_behind, label, scalar
+from onnxq.graph.query import ConstantOperand, label, scalar
 from onnxq.graph.weights import numpy_dtype, onnx_dtype
 
 
@@ -40,7 +41,8 @@ class Emitter:
         self.code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
         self._static: dict[tuple[int, bytes], gs.Tensor] = {}
         self._dynamic: dict[tuple[int, str], tuple[gs.Tensor, gs.Tensor]] = {}
-        self._weights: dict[tuple[Any, ...], tuple[gs.Tensor, gs.Constant | None]] = {}
+        self._weights: dict[tuple[Any, ...], tuple[gs.Tensor, Any]] = {}
+        self._ratios: dict[tuple[Any, ...], gs.Constant] = {}
         self._alive: list[gs.Tensor] = []
 
     def weight(
@@ -50,6 +52,7 @@ class Emitter:
         scale: Any,
         common: Any,
         like: gs.Node,
+        gain: float = 1.0,
     ) -> tuple[gs.Tensor, gs.Constant | None]:
         """DequantizeLinear on the weight's codes, stored in 8 bits and laid out as it is used.
 
@@ -59,25 +62,37 @@ class Emitter:
         Args:
             scale: one, or one for each index along `axis`; float32 where `common` is given.
             common: the scale DequantizeLinear gets; None: `scale` itself, in its type.
+            gain: a factor of the product beside the scales.
 
         Returns:
             The dequantized weight, and what its product is to be multiplied by, or None.
         """
-        key = (id(operand.constant), operand.permutation, axis, str(scale.dtype), repr(common))
+        shared = b"" if common is None else common.tobytes()
+        key = (id(operand.constant), operand.permutation, axis, str(scale.dtype), shared)
         if key not in self._weights:
             self._alive.append(operand.constant)
             self._weights[key] = self._weight(operand, axis, scale, common, like)
-        return self._weights[key]
+        weight, ratios = self._weights[key]
+        if ratios is None:
+            if gain == 1:
+                return weight, None
+            ratios = np.ones((), scale.dtype)
+        gained = (*key, gain)
+        if gained not in self._ratios:
+            name = f"{operand.constant.name}_channel_scale"
+            trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
+            factors = (ratios.astype(np.float64) * gain).astype(ratios.dtype)
+            shaped = factors.reshape(*ratios.shape, *trailing) if ratios.ndim else factors
+            self._ratios[gained] = self.editor.constant(name, shaped)
+        return weight, self._ratios[gained]
 
     def _weight(
         self, operand: ConstantOperand, axis: int | None, scale: Any, common: Any, like: gs.Node
-    ) -> tuple[gs.Tensor, gs.Constant | None]:
-        name, fmt, constant = operand.constant.name, self.fmt, self.editor.constant
-        stored, ratio = scale, None
+    ) -> tuple[gs.Tensor, Any]:
+        name, fmt = operand.constant.name, self.fmt
+        stored, ratios = scale, None
         if common is not None:
             ratios = numerics.scale_ratios(scale, common)
-            trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
-            ratio = constant(f"{name}_channel_scale", ratios.reshape(*ratios.shape, *trailing))
             stored, scale = common, common.astype(np.float32) * ratios.astype(np.float32)
         codes = self.editor.derived(
             f"{name}_{fmt.name}",
@@ -88,14 +103,14 @@ class Emitter:
         out = self.editor.node(
             "DequantizeLinear",
             f"{name}_DequantizeLinear",
-            [codes, constant(f"{name}_scale", stored)],
+            [codes, self.editor.constant(f"{name}_scale", stored)],
             f"{name}_dequantized",
             _tensor_dtype(stored.dtype),
             operand.shape,
             like=like,
             **({"axis": axis} if stored.ndim else {}),
         )
-        return out, ratio
+        return out, ratios
 
     def static(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
         """Q and DQ of an activation under a scale that was calibrated, of the activation's type."""

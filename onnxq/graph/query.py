@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,14 +80,23 @@ def constant_operand(node: gs.Node, index: int) -> ConstantOperand | None:
         if source is None or source.op not in ("Identity", "Cast", "Transpose"):
             return None
         if source.op == "Transpose":
-            rank = len(source.attrs.get("perm", ())) or 2
-            step = tuple(source.attrs.get("perm") or reversed(range(rank)))
+            step = _permutation(source)
+            if step is None:
+                return None
             permutation = step if permutation is None else tuple(step[i] for i in permutation)
         through.append(source)
         tensor = source.inputs[0]
     if permutation is not None and len(permutation) != len(tensor.shape):
         return None
     return ConstantOperand(tensor, permutation, tuple(reversed(through)))
+
+
+def _permutation(transpose: gs.Node) -> tuple[int, ...] | None:
+    """Its axes; without the attribute they are reversed, for which the rank must be known."""
+    if transpose.attrs.get("perm") is not None:
+        return tuple(transpose.attrs["perm"])
+    shape = transpose.inputs[0].shape
+    return None if shape is None else tuple(reversed(range(len(shape))))
 
 
 def scalar(tensor: gs.Tensor) -> float | None:
@@ -158,158 +168,26 @@ def has_subgraph(node: gs.Node) -> bool:
     return any(isinstance(a, gs.Graph) for a in node.attrs.values())
 
 
-@dataclass(frozen=True)
-class Attention:
-    """softmax(q k^T scale + mask) v, as exporters spell it.
-
-    Attributes:
-        scores: the MatMul of q and k^T.
-        softmax: the Softmax.
-        values: the MatMul of the probabilities and v.
-        between: every node from `scores` to `values`, both left out.
-    """
-
-    scores: gs.Node
-    softmax: gs.Node
-    values: gs.Node
-    between: tuple[gs.Node, ...]
-
-    @property
-    def nodes(self) -> tuple[gs.Node, ...]:
-        """The two products and what lies between them."""
-        return (self.scores, *self.between, self.values)
+def inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
+    """Every node of the bodies of an If, Loop or Scan, nested ones too."""
+    for attribute in node.attrs.values():
+        if isinstance(attribute, gs.Graph):
+            for inner in attribute.nodes:
+                yield inner
+                yield from inner_nodes(inner)
 
 
-_TO_VALUES = (
-    "Cast",
-    "Where",
-    "Reshape",
-    "Dropout",
-    "Identity",
-    "QuantizeLinear",
-    "DequantizeLinear",
-)
-"""What may stand between the softmax and the second product: a Where clears masked rows."""
-
-_TO_SCORES = (
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Where",
-    "Cast",
-    "Clip",
-    "Flatten",
-    "Reshape",
-    "Identity",
-    "QuantizeLinear",
-    "DequantizeLinear",
-)
-_LONGEST = 10
-"""Nodes between the scores and the softmax, at most."""
-
-
-def attentions(model: Model) -> list[Attention]:
-    """Every attention whose two products are MatMuls of computed operands, in graph order.
-
-    One whose scores or probabilities are read elsewhere too is none: no kernel can fuse it.
-    """
-    outputs = {id(t) for t in model.graph.outputs}
-    found = [_attention(n) for n in model.graph.nodes if n.op == "Softmax"]
-    return [a for a in found if a is not None and not outputs & _inside(a)]
-
-
-def _attention(softmax: gs.Node) -> Attention | None:
-    if not _is_over_last_axis(softmax):
-        return None
-    after = _path_to_values(softmax)
-    before = _path_to_scores(softmax.inputs[0], _LONGEST)
-    if after is None or before is None:
-        return None
-    scores, values = before[0], after[-1]
-    return Attention(scores, softmax, values, (*before[1:], softmax, *after[:-1]))
-
-
-def _inside(attention: Attention) -> set[int]:
-    """Ids of the tensors that a fused kernel never writes."""
-    return {id(t) for n in (attention.scores, *attention.between) for t in n.outputs}
-
-
-def _is_over_last_axis(softmax: gs.Node) -> bool:
-    axis, shape = softmax.attrs.get("axis", -1), softmax.inputs[0].shape
-    return bool(axis == -1 or (shape is not None and axis == len(shape) - 1))
-
-
-def _path_to_values(softmax: gs.Node) -> list[gs.Node] | None:
-    """Nodes from the softmax, left out, down to the MatMul that reads it as its first operand."""
-    path: list[gs.Node] = []
-    tensor = softmax.outputs[0]
-    while len(path) < _LONGEST:
-        consumers = [c for c in tensor.outputs if c.op != "Shape"]
-        if len(consumers) != 1:
-            return None
-        node = consumers[0]
-        path.append(node)
-        if node.op == "MatMul":
-            computed = node.inputs[0] is tensor and constant_operand(node, 1) is None
-            return path if computed else None
-        if node.op not in _TO_VALUES:
-            return None
-        tensor = node.outputs[0]
-    return None
-
-
-def _path_to_scores(tensor: gs.Tensor, depth: int) -> list[gs.Node] | None:
-    """Nodes from the MatMul that makes the scores down to `tensor`, the MatMul first."""
-    node = producer(tensor)
-    if node is None or depth == 0:
-        return None
-    if node.op == "MatMul":
-        computed = all(constant_operand(node, i) is None for i in (0, 1))
-        return [node] if computed else None
-    if node.op in _TO_SCORES and _keeps_rows(node):
-        inputs = node.inputs if node.op not in ("Reshape", "QuantizeLinear") else node.inputs[:1]
-        for source in inputs:
-            path = _path_to_scores(source, depth - 1)
-            if path is not None:
-                return [*path, node]
-    return None
-
-
-def _keeps_rows(node: gs.Node) -> bool:
-    """Whether the last axis stays the last: a Flatten around a softmax may join others to it."""
-    shape = node.inputs[0].shape
-    last = (-1,) if shape is None else (-1, len(shape) - 1)
-    return node.op != "Flatten" or node.attrs.get("axis", 1) in last
-
-
-def factors_behind(model: Model, scores: gs.Node) -> list[tuple[gs.Node, float]]:
-    """The Mul and Div by a constant that follow a product at once, Casts seen through.
-
-    Each with the factor it stands for. What is read elsewhere too ends the row.
-    """
-    outputs = {id(t) for t in model.graph.outputs}
-    found = []
-    tensor = scores.outputs[0]
-    while len(tensor.outputs) == 1 and id(tensor) not in outputs:
-        node = tensor.outputs[0]
-        if node.op in ("Mul", "Div"):
-            value = _factor(node, tensor)
-            if value is None:
-                break
-            found.append((node, value))
-        elif node.op != "Cast":
-            break
-        tensor = node.outputs[0]
-    return found
-
-
-def _factor(node: gs.Node, tensor: gs.Tensor) -> float | None:
-    """What a Mul or Div by one constant number multiplies `tensor` by, finite and positive."""
-    constant = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
-    value, rank = scalar(constant), len(tensor.shape or ())
-    if value is None or not 0 < value < np.inf or len(constant.shape) > rank:
-        return None
-    if node.op == "Mul":
-        return value
-    return None if constant is node.inputs[0] else 1 / value
+def known_shapes(model: Model, tensors: Iterable[gs.Tensor]) -> dict[str, Sequence[Any] | None]:
+    """Shapes by name; shape arithmetic is followed where a last dimension is no number."""
+    shapes = {t.name: t.shape for t in tensors}
+    if all(shape and isinstance(shape[-1], int) for shape in shapes.values()):
+        return shapes
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model.export(), data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError):
+        return shapes
+    for value in inferred.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in shapes and dims:
+            shapes[value.name] = [d.dim_value or d.dim_param or None for d in dims]
+    return shapes
