@@ -225,6 +225,9 @@ def _by_role(site: Site, context: _Context) -> str:
 def _attention_shape(site: Site, context: _Context) -> str:
     if site.attention is None:
         return ""
+    behind = site.attention.between[site.attention.between.index(site.attention.softmax) :]
+    if any(node.op == "Where" for node in behind):
+        return "a Where behind its softmax: TensorRT fuses that in 16 bits only"
     size = context.head_sizes.get(id(site.node))
     if size is None:
         return "head size unknown: fused attention needs a multiple of 16 up to 256"

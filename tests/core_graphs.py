@@ -87,7 +87,13 @@ class Net:
         )
         imports = [h.make_opsetid("", self.opset)]
         imports += [h.make_opsetid(d, v) for d, v in self.domains.items()]
-        return h.make_model(graph, opset_imports=imports, ir_version=10)
+        model = h.make_model(graph, opset_imports=imports, ir_version=10)
+        for value in onnx.shape_inference.infer_shapes(model).graph.output:
+            for output in graph.output:
+                if output.name == value.name and not output.type.tensor_type.HasField("shape"):
+                    output.type.tensor_type.shape.CopyFrom(value.type.tensor_type.shape)
+        model.graph.CopyFrom(graph)
+        return model
 
     def loaded(self, opset: int = 0) -> Model:
         """As the passes get it."""

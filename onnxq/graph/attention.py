@@ -37,7 +37,7 @@ _TO_VALUES = (
     "QuantizeLinear",
     "DequantizeLinear",
 )
-"""What may stand between the softmax and the second product: a Where clears masked rows."""
+"""What may stand between the softmax and the second product: IsNaN and Where clear masked rows."""
 
 _TO_SCORES = (
     "Add",
@@ -93,7 +93,7 @@ def _path_to_values(softmax: gs.Node) -> list[gs.Node] | None:
     path: list[gs.Node] = []
     tensor = softmax.outputs[0]
     while len(path) < _LONGEST:
-        consumers = [c for c in tensor.outputs if c.op != "Shape"]
+        consumers = [c for c in tensor.outputs if c.op not in ("Shape", "IsNaN")]
         if len(consumers) != 1:
             return None
         node = consumers[0]
