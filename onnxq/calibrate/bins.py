@@ -33,7 +33,7 @@ OCTAVES = 31
 _SHIFT = 23 - TOP_BITS  # FP32 has 23 mantissa bits
 _WINDOW = OCTAVES << TOP_BITS
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_CHUNK = 1 << 18  # values counted at a time: 3 MB of scratch, which stays in the cache
+_CHUNK = 1 << 17  # values counted at a time: 1.5 MB of scratch, which stays in the cache
 _FEW = 1 << 16  # fewer values than fine bins: look each one's bin up, do not sum the fine bins
 
 
@@ -62,24 +62,27 @@ class MagnitudeBins:
     top: int = OCTAVES
     counts: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
-    def count(self, values: NDArray[np.float32]) -> None:
-        """Add every value of a finite FP32 array."""
+    def count(self, values: NDArray[np.float32], amax: float) -> None:
+        """Add every value of a finite FP32 array; `amax` is its max |x|."""
+        self._raise_to(int(np.float32(abs(amax)).view(np.uint32)) >> 23)  # abs: of -0.0 too
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
+        few = flat.size < _FEW
+        fine = self.counts if few else np.zeros(_WINDOW + 1, np.int64)
         for start in range(0, flat.size, _CHUNK):
-            self._count_chunk(flat[start : start + _CHUNK])
+            index = self._fine_index(flat[start : start + _CHUNK])
+            # Not bincount: add.at looks for no extremes first and lets other threads run.
+            np.add.at(fine, _BIN_OF_FINE[index] if few else index, 1)
+        if not few:
+            self.counts += np.add.reduceat(fine, _STARTS + 1)
 
-    def _count_chunk(self, bits: NDArray[np.uint32]) -> None:
-        fine = np.bitwise_and(bits, _MAGNITUDE)
-        np.right_shift(fine, np.uint32(_SHIFT), out=fine)
-        self._raise_to(int(fine.max()) >> TOP_BITS)
-        below = _first(self.top) - 1  # the bin of all that is too small, which becomes number 0
-        np.maximum(fine, np.uint32(below), out=fine)
-        np.subtract(fine, np.uint32(below), out=fine)
-        if fine.size < _FEW:
-            self.counts += np.bincount(_BIN_OF_FINE[fine], minlength=BINS)
-        else:
-            found = np.bincount(fine, minlength=_WINDOW + 1)
-            self.counts += np.add.reduceat(found, _STARTS + 1)
+    def _fine_index(self, bits: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """The fine bin of each float given by its bits: from 1, and 0 for all below the window."""
+        magnitude = np.bitwise_and(bits, _MAGNITUDE)
+        np.right_shift(magnitude, np.uint32(_SHIFT), out=magnitude)
+        below = np.uint32(_first(self.top) - 1)
+        np.clip(magnitude, below, _MAGNITUDE, out=magnitude)  # thrice as fast as np.maximum
+        np.subtract(magnitude, below, out=magnitude)
+        return magnitude.astype(np.int64)
 
     def merge(self, other: MagnitudeBins) -> None:
         """Add the counts of another histogram."""

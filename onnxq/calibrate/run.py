@@ -11,15 +11,24 @@ product over another number of rows or threads may add in another order and diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from onnxq.calibrate.data import Feed, Samples
+from numpy.typing import NDArray
+
+from onnxq.calibrate.data import Samples
 from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
-from onnxq.calibrate.session import Device, Session
+from onnxq.calibrate.session import Device
 from onnxq.calibrate.statistics import NotFiniteError, Statistic, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
+
+# Fewer values a step than this are counted before a second thread has begun.
+_WORTH_THREADS = 1 << 18
 
 
 def calibrate(
@@ -42,7 +51,7 @@ def calibrate(
         samples: the data.
         fingerprint: the model's, kept in the table.
         memory: bytes of watched values held at a time; None: about what the loaded model takes.
-        threads: ONNX Runtime's; None: one per core.
+        threads: ONNX Runtime's, and as many for the statistics; None: one per core.
 
     Raises:
         OnnxqError: a tensor becomes NaN or infinite (which one, in which sample), the model does
@@ -53,14 +62,18 @@ def calibrate(
     opener = Opener(make_model, device, threads)
     groups = plan(opener, list(watched), samples.largest(), memory) if watched else []
     done, total = 0, len(groups) * len(samples)
-    for group in groups:
-        session = opener(group)
-        notes += [note for note in session.notes if note not in notes]
-        for step, feed in enumerate(samples):
-            _update(session, group, feed, collected, samples.label(step))
-            done += 1
-            progress("calibrate", done, total)
-        del session  # its memory goes before the next pass's comes
+    workers = threads or _cores()
+    with ThreadPoolExecutor(workers) as pool:
+        for group in groups:
+            session = opener(group)
+            notes += [note for note in session.notes if note not in notes]
+            for step, feed in enumerate(samples):
+                label = samples.label(step)
+                values = fetch(session, group, feed, label)
+                _update(pool, workers, values, collected, label)
+                done += 1
+                progress("calibrate", done, total)
+            del session  # its memory goes before the next pass's comes
     return CalibrationTable(
         fingerprint=fingerprint,
         statistics=collected,
@@ -70,24 +83,57 @@ def calibrate(
 
 
 def _update(
-    session: Session,
-    group: list[str],
-    feed: Feed,
+    pool: ThreadPoolExecutor,
+    workers: int,
+    values: Iterator[tuple[str, NDArray[Any]]],
     collected: Mapping[str, Mapping[str, Statistic]],
     label: str,
 ) -> None:
-    """Run one step and add its values to the statistics."""
-    for name, values in fetch(session, group, feed, label):
-        try:
-            for statistic in collected[name].values():
-                statistic.update(values)
-        except NotFiniteError as error:
-            raise OnnxqError(
-                f"the tensor {name!r} is not finite in {label}: {error}",
-                "repair or leave out that sample; if every sample does it, the model overflows "
-                "by itself: give its FP32 original",
-            ) from error
-        except OnnxqError as error:
-            raise OnnxqError(
-                f"the tensor {name!r} in {label}: {error.message}", error.hint
-            ) from error
+    """Add one step's values to the statistics, several tensors at a time.
+
+    Raises:
+        OnnxqError: of the first tensor in order that is not finite.
+    """
+    waiting = deque(values)
+    if sum(array.size for _, array in waiting) < _WORTH_THREADS:
+        workers = 1
+    names = [name for name, _ in waiting]
+    errors: dict[str, OnnxqError] = {}
+
+    def work() -> None:
+        while True:
+            try:
+                name, array = waiting.popleft()
+            except IndexError:  # nothing left
+                return
+            try:
+                for statistic in collected[name].values():
+                    statistic.update(array)
+            except (NotFiniteError, OnnxqError) as error:
+                errors[name] = _said(error, name, label)
+
+    others = [pool.submit(work) for _ in range(workers - 1)]
+    work()
+    for other in others:
+        other.result()
+    for name in names:
+        if name in errors:
+            raise errors[name]
+
+
+def _said(error: Exception, name: str, label: str) -> OnnxqError:
+    """What stopped a tensor's statistics, with its name and the sample."""
+    if isinstance(error, OnnxqError):
+        return OnnxqError(f"the tensor {name!r} in {label}: {error.message}", error.hint)
+    return OnnxqError(
+        f"the tensor {name!r} is not finite in {label}: {error}",
+        "repair or leave out that sample; if every sample does it, the model overflows by "
+        "itself: give its FP32 original",
+    )
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

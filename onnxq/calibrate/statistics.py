@@ -133,8 +133,10 @@ class Histogram(Amax):
 
     def update(self, values: Array) -> None:
         values = as_float32(values)
-        super().update(values)
-        self.bins.count(values)
+        low, high = finite_extremes(values)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if values.size:
+            self.bins.count(values, max(high, -low))
 
     def merge(self, other: Amax) -> None:
         if not isinstance(other, Histogram):

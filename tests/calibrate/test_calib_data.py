@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxq.calibrate import data as data_module
@@ -65,7 +65,7 @@ def test_a_fixed_batch_leaves_out_what_does_not_fill_it_and_says_so(tmp_path: Pa
         open_samples(npz(tmp_path, x=numbers(7)), [InputSpec("x", F32, (8, 3))])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 20), st.integers(1, 9))
 def test_any_batch_gives_all_rows_once_and_one_digest(
     tmp_path_factory: pytest.TempPathFactory, rows: int, batch: int

@@ -8,7 +8,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxq.calibrate.bins import MagnitudeBins
@@ -137,7 +137,7 @@ def test_mse_for_int8_clips_what_fp8_keeps() -> None:
     assert choose(found, "mse", "int8") < 10 < 49 < choose(found, "mse", "fp8")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 1 << 30), st.integers(1, 9), st.sampled_from(KINDS))
 def test_ranges_do_not_depend_on_order_or_split(seed: int, parts: int, kind: str) -> None:
     values = drawn(kind, 3000, seed)
@@ -148,7 +148,7 @@ def test_ranges_do_not_depend_on_order_or_split(seed: int, parts: int, kind: str
             assert choose(one, method, name) == choose(many, method, name)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_any_values_give_a_range_between_zero_and_the_maximum(values: list[float]) -> None:
     found = histogram(np.array(values, np.float32))

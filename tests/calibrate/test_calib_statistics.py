@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
@@ -22,7 +22,7 @@ BATCHES = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(BATCHES, st.integers(0, 4))
 def test_any_split_and_merge_gives_the_same_state(batches: list[np.ndarray], cut: int) -> None:
     for names in ("amax", "histogram", "channel_amax:-1", "channel_amax:1"):
@@ -38,7 +38,7 @@ def test_any_split_and_merge_gives_the_same_state(batches: list[np.ndarray], cut
             assert np.array_equal(expected[key], found[key]), (names, key)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(BATCHES)
 def test_extremes_and_channels_are_numpys(batches: list[np.ndarray]) -> None:
     amax, channels = Amax(), ChannelAmax(-1)
