@@ -39,7 +39,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float8e4m3fn)": np.dtype(ml_dtypes.float8_e4m3fn),
     "tensor(float8e5m2)": np.dtype(ml_dtypes.float8_e5m2),
 }
-_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; this room does not import onnx
+# Those that ONNX Runtime's numpy interface does not know, with onnx.TensorProto's numbers for them
+# (this room does not import onnx).
+_FOREIGN: dict[np.dtype[Any], int] = {
+    np.dtype(ml_dtypes.bfloat16): 16,
+    np.dtype(ml_dtypes.float8_e4m3fn): 17,
+    np.dtype(ml_dtypes.float8_e5m2): 19,
+}
 _QUIET = 4  # ONNX Runtime's severity FATAL: what fails is raised, and onnxq says it in one line
 _NO_QDQ_FUSION = "session.disable_quant_qdq"
 
@@ -82,28 +88,31 @@ class Session:
         names = list(self.output_names if outputs is None else outputs)
         dtypes = {output.name: output.dtype for output in self.outputs}
         feed = {spec.name: feed[spec.name] for spec in self.inputs if spec.name in feed}
-        plain = not any(array.dtype == ml_dtypes.bfloat16 for array in feed.values())
+        used = {array.dtype for array in feed.values()} | {dtypes[name] for name in names}
         try:
-            if plain and not any(dtypes[name] == ml_dtypes.bfloat16 for name in names):
-                arrays = self._session.run(names, dict(feed))
+            if used & _FOREIGN.keys():
+                arrays = self._run_bound(names, feed, dtypes)
             else:
-                arrays = self._run_bound(names, feed)
+                arrays = self._session.run(names, dict(feed))
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
             raise OnnxqError(
                 f"ONNX Runtime could not run the model: {one_line(error)}",
                 "check that the data is what this model expects",
             ) from error
-        return [_typed(a, dtypes[name]) for a, name in zip(arrays, names, strict=True)]
+        return list(arrays)
 
-    def _run_bound(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
-        """The outputs where BF16 goes in or out, which `run` does not take or give."""
+    def _run_bound(
+        self, names: list[str], feed: Mapping[str, Array], dtypes: Mapping[str, np.dtype[Any]]
+    ) -> list[Array]:
+        """The outputs where BF16 or FP8 goes in or out, which `run` does not take or give."""
         binding = self._session.io_binding()
         for name, array in feed.items():
             binding.bind_ortvalue_input(name, _ort_value(array))
         for name in names:
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        return [_array(value) for value in binding.get_outputs()]
+        values = zip(binding.get_outputs(), names, strict=True)
+        return [_array(value, dtypes[name]) for value, name in values]
 
 
 def open_session(
@@ -234,26 +243,20 @@ def _spec(node: Any) -> InputSpec:
 
 def _ort_value(array: Array) -> Any:
     ort = _onnxruntime()
-    if array.dtype != ml_dtypes.bfloat16:
+    if array.dtype not in _FOREIGN:
         return ort.OrtValue.ortvalue_from_numpy(array)
-    bits = np.ascontiguousarray(array).view(np.uint16)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _FOREIGN[array.dtype])
 
 
-def _array(value: Any) -> Array:
-    """A numpy array of an OrtValue in CPU memory; BF16, which ORT cannot hand out, as bits."""
-    if value.data_type() != "tensor(bfloat16)":
+def _array(value: Any, dtype: np.dtype[Any]) -> Array:
+    """A numpy array of an OrtValue in CPU memory; BF16 and FP8 through their bits."""
+    if dtype not in _FOREIGN:
         return np.asarray(value.numpy())
     shape = tuple(value.shape())
     count = int(np.prod(shape, dtype=np.int64))
     if not count:
-        return np.empty(shape, np.uint16)
-    bits = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
-    return bits.reshape(shape).copy()  # the buffer goes with the OrtValue
-
-
-def _typed(array: Array, dtype: np.dtype[Any]) -> Array:
-    """The array under its true dtype: ONNX Runtime hands FP8 and BF16 out as bare bits."""
-    if array.dtype != dtype and array.dtype.itemsize == dtype.itemsize:
-        return array.view(dtype)
-    return array
+        return np.empty(shape, dtype)
+    kind = ctypes.c_uint16 if dtype.itemsize == 2 else ctypes.c_uint8
+    bits = np.ctypeslib.as_array((kind * count).from_address(value.data_ptr()))
+    return bits.reshape(shape).copy().view(dtype)  # a copy: the buffer goes with the OrtValue

@@ -212,13 +212,13 @@ class CalibrationTable:
             "notes": list(self.notes),
             "tensors": {t: sorted(self.statistics[t]) for t in tensors},
         }
-        arrays: dict[str, NDArray[Any]] = {
+        arrays: dict[str, Any] = {  # all of numbers: nothing is pickled
             "table": np.frombuffer(json.dumps(head).encode(), np.uint8)
         }
         for tensor, name, key, array in self._arrays():
             arrays[f"{tensors.index(tensor)}.{name}.{key}"] = array
         with replacing(path) as (temporary,), temporary.open("wb") as stream:
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
+            np.savez_compressed(stream, **arrays)
 
 
 def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
