@@ -125,4 +125,4 @@ def test_a_trained_cnn_without_data(
     form = recipe.partition("-")[0]
     assert built.passed
     assert built.report.facts["products"]["conv"][form] == convolutions
-    assert built.report.facts["products"]["gemm"][form] == 9
+    assert built.report.facts["products"]["gemm"][form] == 8  # the recognizer's head is left

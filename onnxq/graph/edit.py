@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.dtypes import Array, onnx_dtype, payload_bytes, to_bytes
 from onnxq.graph.model import Model
 from onnxq.graph.query import label
-from onnxq.graph.weights import Array, DerivedValues, onnx_dtype, payload_bytes
+from onnxq.graph.weights import DerivedValues, InlineValues
 from onnxq.graph.wire import STRIP_THRESHOLD
 
 
@@ -23,29 +24,27 @@ class Editor:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._names = set(model.graph.tensors())
-        self._names |= {n.name for n in model.graph.nodes}
+        self._names = model.names()
+        self._counts: dict[str, int] = {}
 
     def unique(self, name: str) -> str:
         """`name`, or `name_2`, `name_3`, ...: the first that nothing has."""
-        candidate, count = name, 1
+        candidate, count = name, self._counts.get(name, 1)
         while candidate in self._names:
             count += 1
             candidate = f"{name}_{count}"
+        self._counts[name] = count
         self._names.add(candidate)
         return candidate
 
     def constant(self, name: str, values: Array, onnx_type: int | None = None) -> gs.Constant:
         """A new small constant, held in memory."""
         onnx_type = onnx_dtype(values.dtype) if onnx_type is None else onnx_type
-        if values.nbytes >= STRIP_THRESHOLD:
+        if payload_bytes(onnx_type, values.shape) >= STRIP_THRESHOLD:
             return self.derived(name, onnx_type, values.shape, lambda: values)
-        tensor = gs.Constant(self.unique(name), np.zeros(0, np.uint8))
-        proto = DerivedValues(tensor.name, onnx_type, tuple(values.shape), lambda: values).tensor
-        proto.ClearField("data_location")
-        proto.raw_data = np.ascontiguousarray(values).tobytes()
-        tensor._values = _Inline(proto)
-        return tensor
+        tensor = onnx.TensorProto(name=self.unique(name), data_type=onnx_type, dims=values.shape)
+        tensor.raw_data = bytes(to_bytes(values, onnx_type))
+        return gs.Constant(tensor.name, InlineValues(tensor))
 
     def derived(
         self,
@@ -88,15 +87,12 @@ class Editor:
         node.inputs[index] = tensor
 
     def redirect(self, old: gs.Tensor, new: gs.Tensor, keep: Sequence[gs.Node] = ()) -> None:
-        """Let every consumer of `old` read `new`, and graph outputs keep their name.
+        """Let every consumer of `old` read `new`; a graph output keeps its name and gets `new`.
 
-        A graph output's name is part of the interface: there, `old` and `new` swap names.
+        Bodies of If, Loop and Scan go on reading `old`: they are not touched.
         """
-        outputs = self.model.graph.outputs
-        if any(t is old for t in outputs):
-            old_name, new_name = old.name, new.name
-            self.model.graph.outputs = [new if t is old else t for t in outputs]
-            old.name, new.name = new_name, old_name
+        if any(t is old for t in self.model.graph.outputs):
+            self._put_out(old, new)
         for consumer in list(old.outputs):
             if any(consumer is k for k in keep):
                 continue
@@ -104,13 +100,28 @@ class Editor:
                 if tensor is old:
                     consumer.inputs[index] = new
 
+    def _put_out(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Let the graph output that `old` is be `new`, under its name."""
+        graph, captured = self.model.graph, self.model.captured_names()
+        bound = any(t is new for t in graph.outputs) or not new.inputs or new.name in captured
+        if bound or old.name in captured:  # its own name must stay: a node gives it the other
+            out = gs.Variable(old.name, dtype=old.dtype, shape=old.shape)
+            old.name = self.unique(old.name)
+            node = gs.Node("Identity", self.unique(f"{out.name}_Identity"), {}, [new], [out])
+            graph.nodes.append(node)
+            new = out
+        else:
+            old.name, new.name = new.name, old.name
+        graph.outputs = [new if t is old else t for t in graph.outputs]
+
     def set_attribute(self, node: gs.Node, name: str, value: Any) -> None:
-        """Change an attribute of an imported node (None removes it)."""
+        """Change an attribute of a node (None removes it)."""
         if value is None:
             node.attrs.pop(name, None)
         else:
             node.attrs[name] = value
-        self.model.edited.add(id(node))
+        if id(node) in self.model.origins:
+            self.model.edited.setdefault(id(node), set()).add(name)
 
     def finish(self) -> None:
         """Drop what nothing reads any more, and put the nodes in topological order."""
@@ -118,83 +129,77 @@ class Editor:
         sort_nodes(self.model)
 
 
-class _Inline(gs.ir.tensor.LazyValues):  # type: ignore[misc]
-    """A ready TensorProto; unlike its base it knows every type that `weights` knows."""
-
-    def __init__(self, proto: Any) -> None:
-        self.tensor = proto
-        self.shape = tuple(proto.dims)
-        self.dtype = DerivedValues("", proto.data_type, self.shape, lambda: np.zeros(0)).dtype
-        self.nbytes = payload_bytes(proto.data_type, self.shape)
-
-
 def remove_dead(model: Model) -> int:
-    """Remove nodes that lead to no output; returns how many.
+    """Remove nodes that lead to no output, and weights nothing reads; returns how many nodes.
 
-    Nodes without outputs anyone could read but with a body or no output at all stay.
+    A node without outputs acts in some other way: it stays, with what it needs.
     """
     graph = model.graph
     outputs = {t.name for t in graph.outputs}
-    removed = 0
-    for node in _reverse_topological(graph):
-        used = any(t.outputs or t.name in outputs for t in node.outputs)
-        if node.outputs and not used:
-            node.inputs.clear()
-            node.outputs.clear()
-            removed += 1
-            node.op = "onnxq::dead"
-    if removed:
-        graph.nodes = [n for n in graph.nodes if n.op != "onnxq::dead"]
-    return removed
+    makers = _makers(graph)
+    waiting = [n for n in graph.nodes if not n.outputs or any(t.name in outputs for t in n.outputs)]
+    alive = {id(n) for n in waiting}
+    while waiting:
+        for needed in _needs(model, waiting.pop(), makers):
+            if id(needed) not in alive:
+                alive.add(id(needed))
+                waiting.append(needed)
+    dead = [n for n in graph.nodes if id(n) not in alive]
+    for node in dead:
+        node.inputs.clear()
+        node.outputs.clear()
+    graph.nodes = [n for n in graph.nodes if id(n) in alive]
+    model.unread.clear()
+    return len(dead)
 
 
-def _reverse_topological(graph: gs.Graph) -> list[gs.Node]:
-    return list(reversed(_sorted(graph)))
+def is_sorted(model: Model) -> bool:
+    """Whether every node stands behind the nodes it needs."""
+    makers, seen = _makers(model.graph), set()
+    for node in model.graph.nodes:
+        if any(id(needed) not in seen for needed in _needs(model, node, makers)):
+            return False
+        seen.add(id(node))
+    return True
 
 
 def sort_nodes(model: Model) -> None:
-    """Topological order that moves as few nodes as possible.
+    """Topological order that moves as few nodes as possible: each before its first reader.
 
     Raises:
         OnnxqError: the graph has a cycle.
     """
-    model.graph.nodes = _sorted(model.graph)
-
-
-def _sorted(graph: gs.Graph) -> list[gs.Node]:
+    makers = _makers(model.graph)
     order: list[gs.Node] = []
-    state: dict[int, int] = {}
-    mine = {id(n) for n in graph.nodes}
-    for root in graph.nodes:
+    waiting: dict[int, bool] = {}  # id(node) -> whether it waits for what it needs, or is placed
+    for root in model.graph.nodes:
         stack = [root]
         while stack:
             node = stack[-1]
-            if state.get(id(node)) == 2:
+            if id(node) in waiting:
                 stack.pop()
+                if waiting[id(node)]:
+                    waiting[id(node)] = False
+                    order.append(node)
                 continue
-            if state.get(id(node)) == 1:
-                state[id(node)] = 2
-                order.append(node)
-                stack.pop()
-                continue
-            state[id(node)] = 1
-            for needed in reversed(list(_needs(node))):
-                if id(needed) in mine and state.get(id(needed), 0) < 2:
-                    if state.get(id(needed)) == 1:
-                        raise OnnxqError(
-                            f"the graph has a cycle through node {label(needed)!r}",
-                            "an ONNX graph must be acyclic; export again",
-                        )
+            waiting[id(node)] = True
+            for needed in reversed(_needs(model, node, makers)):
+                if waiting.get(id(needed)):
+                    raise OnnxqError(
+                        f"the graph has a cycle through node {label(needed)!r}",
+                        "an ONNX graph must be acyclic; export again",
+                    )
+                if id(needed) not in waiting:
                     stack.append(needed)
-    return order
+    model.graph.nodes = order
 
 
-def _needs(node: gs.Node) -> list[gs.Node]:
-    """Producers of the inputs, and of what the node's bodies capture."""
-    needed = [p for t in node.inputs for p in t.inputs]
-    for attribute in node.attrs.values():
-        if isinstance(attribute, gs.Graph):
-            for inner in attribute.nodes:
-                needed.extend(_needs(inner))
-            needed.extend(p for t in attribute.outputs for p in t.inputs)
-    return needed
+def _makers(graph: gs.Graph) -> dict[str, gs.Node]:
+    """Tensor name -> the node that makes it. By name, which is how bodies read."""
+    return {t.name: node for node in graph.nodes for t in node.outputs if t.name}
+
+
+def _needs(model: Model, node: gs.Node, makers: Mapping[str, gs.Node]) -> list[gs.Node]:
+    """Makers of the node's inputs, and of what its bodies read."""
+    names = [*(t.name for t in node.inputs), *sorted(model.captures.get(id(node), ()))]
+    return [makers[name] for name in names if name in makers]

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import inliner, shape_inference, version_converter
+from onnx import shape_inference
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.check import check_proto, located
 from onnxq.graph.constants import hoist_constants
+from onnxq.graph.dtypes import graph_dtype, is_known
+from onnxq.graph.edit import is_sorted, sort_nodes
+from onnxq.graph.inlining import inline
 from onnxq.graph.model import Model
-from onnxq.graph.weights import numpy_dtype
+from onnxq.graph.opset import convert
+from onnxq.graph.reading import is_external
+from onnxq.graph.weights import StoredValues
+from onnxq.graph.wire import STRIP_THRESHOLD
 from onnxq.report import Edit
-
-LATEST_OPSET = 25
-"""The newest standard opset TensorRT's parser takes."""
 
 
 def prepare(model: Model, opset: int) -> tuple[Model, list[Edit]]:
-    """Inline functions, hoist Constant nodes, raise the opset to at least `opset`, infer types."""
-    edits: list[Edit] = []
+    """Inline functions, hoist Constant nodes, raise the opset to at least `opset`, infer types.
+
+    Raises:
+        OnnxqError: an operator that cannot be raised, or a model that is inconsistent.
+    """
+    edits = list(model.edits)
     if model.header.functions:
         model, step = inline_functions(model)
         edits += step
@@ -27,6 +35,10 @@ def prepare(model: Model, opset: int) -> tuple[Model, list[Edit]]:
         model, step = raise_opset(model, opset)
         edits += step
         edits += hoist_constants(model)
+    edits += _modernise(model)
+    if not is_sorted(model):
+        sort_nodes(model)
+        edits.append(Edit("load", "sort", model.path.name, "nodes into topological order"))
     infer_types(model)
     return model, edits
 
@@ -36,14 +48,7 @@ def infer_types(model: Model) -> None:
 
     What stays unknown (custom operators and what follows them) keeps None.
     """
-    proto = model.export()
-    try:
-        inferred = shape_inference.infer_shapes(proto, data_prop=False)
-    except (shape_inference.InferenceError, ValueError) as error:
-        raise OnnxqError(
-            f"{model.path}: shape inference fails: {_first_line(error)}",
-            "the model is inconsistent; export again",
-        ) from None
+    inferred = _inferred(model)
     known = {
         v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output) if v.type.ByteSize()
     }
@@ -52,8 +57,8 @@ def infer_types(model: Model) -> None:
         if value is None or not isinstance(tensor, gs.Variable):
             continue
         kind = value.type.tensor_type
-        if value.type.HasField("tensor_type") and kind.elem_type:
-            tensor.dtype = _graph_dtype(kind.elem_type)
+        if value.type.HasField("tensor_type") and is_known(kind.elem_type):
+            tensor.dtype = graph_dtype(kind.elem_type)
             if tensor.shape is None and kind.HasField("shape"):
                 tensor.shape = [
                     d.dim_param or (d.dim_value if d.HasField("dim_value") else None)
@@ -61,100 +66,100 @@ def infer_types(model: Model) -> None:
                 ]
 
 
-def _graph_dtype(onnx_type: int) -> object:
-    """The type as graphsurgeon keeps it: numpy's own, else the ONNX number."""
-    dtype = numpy_dtype(onnx_type)
-    return dtype if dtype.kind in "fiub?OU" and dtype.isbuiltin == 1 else onnx_type
-
-
 def inline_functions(model: Model) -> tuple[Model, list[Edit]]:
     """Replace calls of the model's own functions by their bodies, so that passes see inside."""
     names = sorted({f.name for f in model.header.functions})
-    proto = inliner.inline_local_functions(_reexport(model))
-    inlined = _successor(model, proto)
+    with located(model.path):
+        proto = inline(model.referring())
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return inlined, [Edit("load", "inline", shown, f"{len(names)} model-local functions")]
+    step = Edit("load", "inline", shown, f"{len(names)} model-local functions")
+    return _successor(model, proto), [step]
 
 
 def raise_opset(model: Model, opset: int) -> tuple[Model, list[Edit]]:
-    """Raise the standard opset with onnx's version converter.
-
-    The converter drops node metadata and doc strings, resets ir_version, and is told nothing of
-    the weights' bytes; all of it is put back.
+    """Raise the standard opset; nodes whose operator did not change stay byte for byte.
 
     Raises:
-        OnnxqError: an operator the converter has no way for; the message names it.
+        OnnxqError: an operator that cannot be raised; the message names the node.
     """
-    before = _reexport(model)
-    old = model.opset
-    try:
-        after = version_converter.convert_version(before, opset)
-    except (RuntimeError, ValueError, version_converter.ConvertError) as error:
-        raise OnnxqError(
-            f"{model.path}: opset {old} cannot be raised to {opset}: {_first_line(error)}",
-            f"export the model at opset {opset} or later",
-        ) from None
-    _put_back(before, after)
-    return _successor(model, after), [Edit("load", "raise opset", f"{old} -> {opset}")]
+    old, proto = model.opset, model.referring()
+    with located(model.path):
+        changed = convert(proto, _inferred(model), old, opset)
+    what = f"{changed} nodes rewritten" if changed != 1 else "1 node rewritten"
+    return _successor(model, proto), [Edit("load", "raise opset", f"{old} -> {opset}", what)]
 
 
-def _put_back(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    nodes = {(n.op_type, tuple(n.output)): n for n in before.graph.node}
-    for node in after.graph.node:
-        old = nodes.get((node.op_type, tuple(node.output)))
-        if old is not None:
-            for name in ("metadata_props", "doc_string", "overload"):
-                _copy_field(old, node, name)
-            node.name = old.name
-    weights = {t.name: t for t in before.graph.initializer}
-    for tensor in after.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(weights[tensor.name])
-    for group in ("input", "output", "value_info"):
-        values = {v.name: v for v in getattr(before.graph, group)}
-        for value in getattr(after.graph, group):
-            if value.name in values:
-                value.CopyFrom(values[value.name])
-    for name in (
-        "producer_name",
-        "producer_version",
-        "domain",
-        "model_version",
-        "doc_string",
-        "metadata_props",
-        "functions",
-        "training_info",
-    ):
-        _copy_field(before, after, name)
-    for name in ("doc_string", "metadata_props", "quantization_annotation"):
-        _copy_field(before.graph, after.graph, name)
-    converted = next(o.version for o in after.opset_import if o.domain in ("", "ai.onnx"))
-    after.ClearField("opset_import")
-    for entry in before.opset_import:
-        version = converted if entry.domain in ("", "ai.onnx") else entry.version
-        after.opset_import.add(domain=entry.domain, version=version)
-    needed = onnx.helper.find_min_ir_version_for(after.opset_import, ignore_unknown=True)
-    after.ir_version = max(before.ir_version, needed)
+def _modernise(model: Model) -> list[Edit]:
+    """An ir_version that has the opset and takes new initializers; initializers only constants.
+
+    Before IR version 4 every initializer had to be an input too; later, one that is can be
+    overridden by the caller. TensorRT takes them for constants either way, and so do the passes.
+    """
+    edits = []
+    header, graph = model.header, model.header.graph
+    needed = onnx.helper.find_min_ir_version_for(list(header.opset_import), ignore_unknown=True)
+    needed = max(needed, 4)
+    if header.ir_version < needed:
+        edits.append(Edit("load", "raise ir_version", f"{header.ir_version} -> {needed}"))
+        header.ir_version = needed
+    inputs = [v for v in graph.input if v.name not in model.initializers]
+    count = len(graph.input) - len(inputs)
+    if count:
+        graph.ClearField("input")
+        graph.input.extend(inputs)
+        what = f"{count} initializers" if count > 1 else "1 initializer"
+        edits.append(Edit("load", "fix", what, "inputs with a default: constants from here on"))
+    return edits
 
 
-def _copy_field(source: object, target: object, name: str) -> None:
-    target.ClearField(name)  # type: ignore[attr-defined]
-    value = getattr(source, name)
-    if hasattr(value, "extend"):
-        getattr(target, name).extend(value)
-    elif value:
-        setattr(target, name, value)
-
-
-def _reexport(model: Model) -> onnx.ModelProto:
-    """The model as a proto whose external references lead back to the files they are in."""
+def _inferred(model: Model) -> onnx.ModelProto:
+    """The model with the types that ONNX shape inference finds, in bodies too."""
     proto = model.export()
-    model.restore_references(proto)
-    return proto
+    small = {
+        c.name: c._values
+        for c in model.constants()
+        if isinstance(c._values, StoredValues) and c._values.nbytes <= STRIP_THRESHOLD
+    }
+    for tensor in filter(is_external, proto.graph.initializer):
+        if tensor.name in small:  # shapes and axes: inference reads them
+            tensor.raw_data = small[tensor.name].extent.read().tobytes()
+            tensor.ClearField("data_location")
+    try:
+        inferred = shape_inference.infer_shapes(proto, data_prop=False)
+        if _add_ranks(inferred.graph):
+            inferred = shape_inference.infer_shapes(inferred, data_prop=False)
+    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        raise OnnxqError(
+            f"{model.path}: shape inference fails: {_first_line(error)}",
+            "the model is inconsistent; export again",
+        ) from None
+    return inferred
+
+
+def _add_ranks(graph: onnx.GraphProto) -> bool:
+    """Give the output of each Transpose the rank its permutation tells; whether any had none.
+
+    Inference stops at a Reshape to a computed shape and does not ask what comes behind. Without a
+    rank, the Softmax of an attention turns into four operators when the opset is raised past 13.
+    """
+    perms = {n.output[0]: a.ints for n in graph.node for a in n.attribute if _is_perm(n, a)}
+    found = False
+    for value in graph.value_info:
+        tensor = value.type.tensor_type
+        if value.name in perms and tensor.elem_type and not tensor.HasField("shape"):
+            tensor.shape.dim.extend(onnx.TensorShapeProto.Dimension() for _ in perms[value.name])
+            found = True
+    return found
+
+
+def _is_perm(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> bool:
+    return node.op_type == "Transpose" and attribute.name == "perm" and len(node.output) == 1
 
 
 def _successor(model: Model, proto: onnx.ModelProto) -> Model:
     """The same file's model, as `proto` has it now."""
+    with located(model.path):
+        check_proto(proto)  # what onnx's tools make of an odd model is not always whole
     new = Model.from_proto(proto, model.path)
     new.external, new.fingerprint = model.external, model.fingerprint
     return new

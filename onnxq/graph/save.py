@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 import onnx
 
 from onnxq.errors import OnnxqError
-from onnxq.files import replacing, temporary_beside
+from onnxq.files import alone_in, reporting, temporary_beside
 from onnxq.graph import wire
-from onnxq.graph.model import Model, read_proto
-from onnxq.graph.weights import Values
+from onnxq.graph.model import Model
+from onnxq.graph.reading import location, parse
+from onnxq.graph.references import set_reference
+from onnxq.graph.weights import StoredValues, Values
 from onnxq.progress import Progress, silent
 
 INLINE_LIMIT = 2_000_000_000
@@ -39,31 +40,35 @@ def save(
         The files written, the model first.
 
     Raises:
-        OnnxqError: the folder cannot be written, the disk is full, or the graph alone exceeds 2 GB.
+        OnnxqError: the folder cannot be written, the disk is full, `path` is a file the model is
+            read from, or the graph alone exceeds 2 GB.
     """
     proto = model.export()
-    values = {c.name: c._values for c in model.constants() if isinstance(c._values, Values)}
+    constants = {c.name: c._values for c in model.constants()}
+    values = {n: v for n, v in constants.items() if isinstance(v, Values) and v.streamed}
+    sources = {v.extent.path for v in values.values() if isinstance(v, StoredValues)} | {model.path}
+    _refuse_source(path, sources)
     total = proto.ByteSize() + sum(v.nbytes for v in values.values())
     if external is None:
         external = model.external
     if external or total > INLINE_LIMIT:
-        return _save_external(proto, values, path, progress)
-    with replacing(path) as (temporary,), temporary.open("wb") as stream:
-        for piece in _inline_pieces(proto, values, progress):
-            stream.write(piece)
-        old = _own_data(path)
-    _remove(old)
+        return _save_external(proto, values, path, sources, progress)
+    with reporting(path), temporary_beside(path) as model_file:
+        with model_file.open("wb") as stream:
+            for piece in _inline_pieces(proto, values, progress):
+                stream.write(piece)
+        _commit([(model_file, path)], sources)
     return [path]
 
 
 def _save_external(
-    proto: onnx.ModelProto, values: dict[str, Values], path: Path, progress: Progress
+    proto: onnx.ModelProto,
+    values: dict[str, Values],
+    path: Path,
+    sources: set[Path],
+    progress: Progress,
 ) -> list[Path]:
-    with ExitStack() as stack:
-        (model_file,) = stack.enter_context(replacing(path))
-        # The data's name is known only when its content is; it is renamed here, not by `replacing`.
-        data_file = temporary_beside(path)
-        stack.callback(data_file.unlink, missing_ok=True)
+    with reporting(path), temporary_beside(path) as model_file, temporary_beside(path) as data_file:
         with data_file.open("wb") as stream:
             checksum = _write_data(proto, values, stream, progress)
         data = path.with_name(f"{path.name}.{checksum:08x}.data")
@@ -71,23 +76,44 @@ def _save_external(
             if tensor.name in values:
                 tensor.external_data[0].value = data.name
         model_file.write_bytes(_serialize(proto))
-        old = [p for p in _own_data(path) if p != data]
-        data_file.replace(data)
-    _remove(old)
+        _commit([(data_file, data), (model_file, path)], sources)
     return [path, data]
+
+
+def _commit(renames: list[tuple[Path, Path]], sources: set[Path]) -> None:
+    """Put the new files in place, the model last, and then remove the old model's data.
+
+    Under a lock: another run that replaces the same model would read which data is old while this
+    one makes it new.
+    """
+    path = renames[-1][1]
+    with alone_in(path.parent):
+        kept = {p.resolve() for p in (*sources, *(target for _, target in renames))}
+        old = [p for p in _own_data(path) if p.resolve() not in kept]
+        new = [target for _, target in renames[:-1] if not target.exists()]
+        try:
+            for file, target in renames:
+                file.replace(target)
+        except BaseException:
+            for target in set(new) - set(_own_data(path)):
+                target.unlink(missing_ok=True)
+            raise
+        for leftover in old:
+            leftover.unlink(missing_ok=True)
 
 
 def _write_data(
     proto: onnx.ModelProto, values: dict[str, Values], stream: IO[bytes], progress: Progress
 ) -> int:
     """Write the payloads, aligned for mapping; fill in the references; return their CRC-32."""
-    checksum, offset = 0, 0
+    checksum, offset = zlib.crc32(proto.graph.name.encode()), 0
     tensors = [t for t in proto.graph.initializer if t.name in values]
     for done, tensor in enumerate(tensors):
         value = values[tensor.name]
         alignment = _PAGE if value.nbytes >= _PAGED_FROM else _ALIGNMENT
         padding = b"\0" * (-offset % alignment)
         stream.write(padding)
+        checksum = zlib.crc32(padding, checksum)
         offset += len(padding)
         start = offset
         for piece in value.pieces():
@@ -95,17 +121,9 @@ def _write_data(
             checksum = zlib.crc32(piece, checksum)
             offset += len(piece)
         _check_length(tensor, value, offset - start)
-        del tensor.external_data[:]
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (
-            ("location", ""),
-            ("offset", str(start)),
-            ("length", str(offset - start)),
-        ):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, text
+        set_reference(tensor, "", start, offset - start)
         progress("writing weights", done + 1, len(tensors))
-    return zlib.crc32(proto.graph.name.encode(), checksum)
+    return checksum
 
 
 def _inline_pieces(
@@ -113,11 +131,11 @@ def _inline_pieces(
 ) -> Iterator[bytes | memoryview]:
     """The serialized model with each weight's bytes inline; lengths are known in advance."""
     graph = proto.graph
-    tensors = [t for t in graph.initializer]
+    tensors = list(graph.initializer)
     graph.ClearField("initializer")
     graph_bytes = _serialize(graph)
     proto.ClearField("graph")
-    heads = []
+    heads: list[tuple[onnx.TensorProto, bytes, Values | None, int]] = []
     for tensor in tensors:
         value = values.get(tensor.name)
         if value is not None:
@@ -153,26 +171,26 @@ def _check_length(tensor: onnx.TensorProto, value: Values, written: int) -> None
 
 def _serialize(message: onnx.ModelProto | onnx.GraphProto) -> bytes:
     try:
-        return message.SerializeToString(deterministic=True)
+        return bytes(message.SerializeToString(deterministic=True))
     except (ValueError, MemoryError) as error:
         raise OnnxqError(f"the graph itself does not fit a 2 GB file: {error}", "") from error
 
 
+def _refuse_source(path: Path, sources: set[Path]) -> None:
+    """The weights are read while the output is written, and the input is never changed."""
+    for source in sources:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise OnnxqError(f"the output is a file of the input: {path}", "give another path")
+
+
 def _own_data(path: Path) -> list[Path]:
     """Data files that the model now at `path` refers to and that an earlier `save` named."""
-    if not path.exists():
+    if not path.is_file():
         return []
     try:
-        proto, _ = read_proto(path)
+        proto = parse(path)
     except OnnxqError:
         return []
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
-    names = {
-        e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"
-    }
+    names = sorted({location(tensor) for tensor in proto.graph.initializer})
     return [path.with_name(name) for name in names if pattern.fullmatch(name)]
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

@@ -1,117 +1,127 @@
 """Weights that stay on disk until they are written.
 
-graphsurgeon passes `LazyValues.tensor` through its export untouched; a TensorProto marked EXTERNAL
-therefore keeps its bytes out of memory. `StoredValues` are bytes of some file, `DerivedValues` are
-computed from other values at the moment they are written, one tensor at a time.
+The values behind a `gs.Constant`. `StoredValues` are bytes of some file, `DerivedValues` are
+computed from other values at the moment they are written, one tensor at a time; `InlineValues` and
+`SparseValues` are small or rare enough to stay in the graph.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx_graphsurgeon.ir.tensor import Constant, LazyValues
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.dtypes import (
+    Array,
+    from_bytes,
+    graph_dtype,
+    numpy_dtype,
+    onnx_dtype,
+    payload_bytes,
+    to_bytes,
+)
 
-Array = npt.NDArray[np.generic]
+__all__ = [
+    "Array",
+    "Constant",
+    "DerivedValues",
+    "Extent",
+    "InlineValues",
+    "SparseValues",
+    "StoredValues",
+    "Values",
+    "array",
+    "constant_type",
+    "numpy_dtype",
+    "onnx_dtype",
+    "original",
+    "payload_bytes",
+    "stored",
+]
 
 _PIECE = 8 << 20
-
-_DTYPES: dict[int, np.dtype[np.generic]] = {
-    onnx.TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    onnx.TensorProto.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
-    onnx.TensorProto.FLOAT8E4M3FNUZ: np.dtype(ml_dtypes.float8_e4m3fnuz),
-    onnx.TensorProto.FLOAT8E5M2: np.dtype(ml_dtypes.float8_e5m2),
-    onnx.TensorProto.FLOAT8E5M2FNUZ: np.dtype(ml_dtypes.float8_e5m2fnuz),
-}
-_PACKED = {
-    getattr(onnx.TensorProto, name)
-    for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
-    if hasattr(onnx.TensorProto, name)
-}
-_ONNX_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
-
-
-def numpy_dtype(onnx_type: int) -> np.dtype[np.generic]:
-    """The numpy (or ml_dtypes) dtype with the same bits as an unpacked ONNX tensor type."""
-    if onnx_type in _DTYPES:
-        return _DTYPES[onnx_type]
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(onnx_type))
-
-
-def onnx_dtype(dtype: npt.DTypeLike) -> int:
-    """The TensorProto.DataType of a numpy (or ml_dtypes) dtype."""
-    found = _ONNX_TYPES.get(np.dtype(dtype))
-    return found if found is not None else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+_DENSE_LIMIT = 4 << 30  # bytes; a few bytes of a file could claim any size
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of bytes in a file."""
+    """A run of bytes in a file.
+
+    Attributes:
+        modified: the file's modification time in nanoseconds when it was found; 0: do not ask.
+    """
 
     path: Path
     offset: int
     length: int
+    modified: int = 0
 
     def pieces(self) -> Iterator[bytes]:
         """The bytes, in pieces of at most 8 MiB, through read(): mapped pages would count as RSS.
 
         Raises:
-            OnnxqError: the file has become shorter than it was.
+            OnnxqError: the file cannot be read, or is not what it was when the model was loaded.
         """
-        with self.path.open("rb") as stream:
-            stream.seek(self.offset)
-            left = self.length
-            while left:
-                piece = stream.read(min(left, _PIECE))
-                if not piece:
-                    raise OnnxqError(
-                        f"{self.path} ended {left} bytes early", "was it changed meanwhile?"
-                    )
-                left -= len(piece)
-                yield piece
+        try:
+            with self.path.open("rb") as stream:
+                changed = self.modified and os.fstat(stream.fileno()).st_mtime_ns != self.modified
+                stream.seek(self.offset)
+                left = self.length
+                while left:
+                    piece = stream.read(min(left, _PIECE))
+                    if not piece or changed:
+                        raise OnnxqError(
+                            f"{self.path} has changed since the model was loaded", "run it again"
+                        )
+                    left -= len(piece)
+                    yield piece
+        except OSError as error:
+            raise OnnxqError(
+                f"cannot read weights from {self.path}: {error.strerror}", "check the file"
+            ) from error
 
-    def array(self, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
-        """Read as an array of `shape`; nothing is kept mapped."""
+    def read(self) -> Array:
+        """All of it, as an array of bytes; nothing is kept mapped."""
         raw = np.empty(self.length, np.uint8)
         position = 0
         for piece in self.pieces():
             raw[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
             position += len(piece)
-        return raw.view(dtype).reshape(shape)
+        return raw
 
 
 class Values(LazyValues):  # type: ignore[misc]
-    """Constant values outside the graph: `tensor` is an EXTERNAL TensorProto without bytes."""
+    """The values of a constant, in the form graphsurgeon takes.
+
+    Attributes:
+        tensor: a TensorProto with name, type, dims and metadata; EXTERNAL, and without the bytes,
+            where `streamed`.
+        onnx_type: TensorProto.DataType.
+        streamed: whether the bytes come from `pieces` alone.
+    """
 
     tensor: onnx.TensorProto
+    streamed = True
 
-    def __init__(self, name: str, onnx_type: int, shape: tuple[int, ...]) -> None:
-        # LazyValues.__init__ derives shape and dtype from the proto but knows no 4-bit types.
-        self.tensor = onnx.TensorProto(
-            name=name,
-            data_type=onnx_type,
-            dims=shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        self.shape = shape
-        self.dtype = numpy_dtype(onnx_type) if onnx_type not in _PACKED else onnx_type
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        # LazyValues.__init__ derives shape and dtype too, but does not know every type.
+        self.tensor = tensor
+        self.onnx_type = int(tensor.data_type)
+        self.shape = tuple(tensor.dims)
+        self.dtype = graph_dtype(self.onnx_type)
 
     @property
     def nbytes(self) -> int:
         """Bytes the values take in a file."""
-        return payload_bytes(self.tensor.data_type, self.shape)
-
-    @nbytes.setter
-    def nbytes(self, value: int) -> None: ...
+        return payload_bytes(self.onnx_type, self.shape)
 
     def load(self) -> Array:
         """The values as an array; read or computed anew at each call, never kept."""
@@ -119,20 +129,58 @@ class Values(LazyValues):  # type: ignore[misc]
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """The values' bytes as they go into a file."""
-        yield memoryview(np.ascontiguousarray(self.load()).reshape(-1).view(np.uint8))
+        yield to_bytes(self.load(), self.onnx_type)
+
+
+class InlineValues(Values):
+    """Values that are in a TensorProto."""
+
+    streamed = False
+
+    def load(self) -> Array:
+        return np.asarray(onnx.numpy_helper.to_array(self.tensor))
+
+
+class SparseValues(Values):
+    """Values that are in a SparseTensorProto; `load` gives the dense array."""
+
+    streamed = False
+
+    def __init__(self, sparse: onnx.SparseTensorProto) -> None:
+        super().__init__(sparse.values)
+        self.sparse = sparse
+        self.shape = tuple(sparse.dims)
+
+    def load(self) -> Array:
+        values = onnx.numpy_helper.to_array(self.sparse.values)
+        indices = np.asarray(onnx.numpy_helper.to_array(self.sparse.indices))
+        limits = np.array(self.shape if indices.ndim > 1 else math.prod(self.shape))
+        if self.nbytes > _DENSE_LIMIT or (indices < 0).any() or (indices >= limits).any():
+            raise OnnxqError(
+                f"the sparse tensor {self.tensor.name!r} does not fit its shape {self.shape}",
+                "the file is damaged; export it again",
+            )
+        dense = np.zeros(self.shape, values.dtype)
+        if indices.ndim == 1:  # [NNZ]: positions in the flattened tensor
+            dense.reshape(-1)[indices] = values
+        else:  # [NNZ, rank]
+            dense[tuple(indices.T)] = values
+        return dense
 
 
 class StoredValues(Values):
-    """Values that lie in a file."""
+    """Values that lie in a file.
 
-    def __init__(self, name: str, onnx_type: int, shape: tuple[int, ...], extent: Extent) -> None:
-        super().__init__(name, onnx_type, shape)
+    Args:
+        tensor: what it says of itself, the bytes or references to them left out.
+    """
+
+    def __init__(self, tensor: onnx.TensorProto, extent: Extent) -> None:
+        super().__init__(_without_data(tensor))
         self.extent = extent
 
     def load(self) -> Array:
-        if self.tensor.data_type in _PACKED:
-            return self.extent.array(np.dtype(np.uint8), (self.extent.length,))
-        return self.extent.array(numpy_dtype(self.tensor.data_type), tuple(self.shape))
+        return from_bytes(self.extent.read(), self.onnx_type, self.shape)
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         yield from self.extent.pieces()
@@ -153,21 +201,19 @@ class DerivedValues(Values):
         produce: Callable[[], Array],
         origin: Constant | None = None,
     ) -> None:
-        super().__init__(name, onnx_type, shape)
+        super().__init__(
+            onnx.TensorProto(
+                name=name,
+                data_type=onnx_type,
+                dims=shape,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+        )
         self.produce = produce
         self.origin = origin
 
     def load(self) -> Array:
         return self.produce()
-
-
-def payload_bytes(onnx_type: int, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor's raw data (4-bit types hold two elements a byte)."""
-    count = int(np.prod(shape, dtype=np.int64)) if shape else 1
-    if onnx_type in _PACKED:
-        bits = 2 if "INT2" in onnx.TensorProto.DataType.Name(onnx_type) else 4
-        return (count * bits + 7) // 8
-    return count * numpy_dtype(onnx_type).itemsize
 
 
 def array(constant: Constant) -> Array:
@@ -209,21 +255,10 @@ def stored(tensor: onnx.TensorProto, folder: Path) -> StoredValues:
         OnnxqError: the file is missing, no regular file, too short, or outside the folder.
     """
     entry = {e.key: e.value for e in tensor.external_data}
-    location = PurePosixPath(entry.get("location", ""))
-    if not location.parts or location.is_absolute() or ".." in location.parts:
-        raise OnnxqError(
-            f"weight {tensor.name!r} points outside the model's folder: {str(location)!r}",
-            "save the model again with its data file beside it",
-        )
-    path = folder / location
-    shape = tuple(int(d) for d in tensor.dims)
-    if any(d < 0 for d in shape):
-        raise OnnxqError(
-            f"weight {tensor.name!r} has a negative dimension: {shape}", "export again"
-        )
-    needed = payload_bytes(tensor.data_type, shape)
+    needed = payload_bytes(tensor.data_type, tensor.dims)
+    path = _data_file(tensor.name, str(entry.get("location", "")), folder)
     try:
-        status = os.stat(path)
+        status = path.stat()
         offset, length = int(entry.get("offset") or 0), int(entry.get("length") or needed)
     except (OSError, ValueError) as error:
         raise OnnxqError(
@@ -231,14 +266,33 @@ def stored(tensor: onnx.TensorProto, folder: Path) -> StoredValues:
             "the external data must lie beside the model file",
         ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise OnnxqError(f"weight {tensor.name!r}: {path} is not a regular file", "")
+        raise OnnxqError(
+            f"weight {tensor.name!r}: its data file {path} is not a regular file",
+            "save the model again with its data file beside it",
+        )
     if length != needed or offset < 0 or offset + length > status.st_size:
         raise OnnxqError(
             f"weight {tensor.name!r} needs {needed} bytes at {offset} of {path}, "
             f"which holds {status.st_size} (declared: {length})",
             "the data file is truncated or belongs to another model",
         )
-    values = StoredValues(tensor.name, tensor.data_type, shape, Extent(path, offset, length))
-    values.tensor.doc_string = tensor.doc_string
-    values.tensor.metadata_props.extend(tensor.metadata_props)
-    return values
+    return StoredValues(tensor, Extent(path, offset, length, status.st_mtime_ns))
+
+
+def _data_file(name: str, location: str, folder: Path) -> Path:
+    relative = PurePosixPath(location)
+    if not relative.parts or relative.is_absolute() or ".." in relative.parts:
+        raise OnnxqError(
+            f"weight {name!r} points outside the model's folder: {location!r}",
+            "save the model again with its data file beside it",
+        )
+    return folder / relative
+
+
+def _without_data(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    bare = onnx.TensorProto()
+    bare.CopyFrom(tensor)
+    for name in ("external_data", "raw_data", "float_data"):
+        bare.ClearField(name)
+    bare.data_location = onnx.TensorProto.EXTERNAL
+    return bare

@@ -2,14 +2,14 @@
 
 A model with inline weights is read as if they were external: `strip` cuts the large payloads out
 of the bytes and leaves (offset, length) references into the same file, so that parsing a 1.9 GB
-model costs the memory of its graph alone. `message` and `field` write the same format back.
+model costs the memory of its graph alone. `field` and `header` write the same format back.
 
 Source: protobuf.dev/programming-guides/encoding; field numbers from onnx.proto (IR version 11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from onnxq.errors import OnnxqError
 
@@ -27,6 +27,9 @@ STRIP_THRESHOLD = 1024
 
 Field = tuple[int, int, int, int, int]
 """Number, wire type, start of the tag, start of the value, end of the value."""
+
+Replace = Callable[[int, memoryview, int, int], bytes | None]
+"""(field number, buffer, start and end of its value) -> the new value, or None to keep the old."""
 
 
 def fields(buffer: memoryview, start: int, end: int) -> Iterator[Field]:
@@ -67,69 +70,69 @@ def strip(buffer: memoryview, location: str) -> bytes:
         buffer: the whole model file.
         location: what to write as `location` of the references (the file's own name).
     """
-    pieces: list[bytes | memoryview] = []
-    for number, wire_type, tag, value, end in fields(buffer, 0, len(buffer)):
-        if number == MODEL_GRAPH and wire_type == BYTES:
-            pieces.append(field(MODEL_GRAPH, _strip_graph(buffer, value, end, location)))
-        else:
-            pieces.append(buffer[tag:end])
-    return b"".join(pieces)
+
+    def model(number: int, buffer: memoryview, start: int, end: int) -> bytes | None:
+        return _rewrite(buffer, start, end, graph) if number == MODEL_GRAPH else None
+
+    def graph(number: int, buffer: memoryview, start: int, end: int) -> bytes | None:
+        if end - start < STRIP_THRESHOLD:
+            return None
+        if number == GRAPH_INITIALIZER:
+            return _strip_tensor(buffer, start, end, location)
+        return _rewrite(buffer, start, end, node) if number == GRAPH_NODE else None
+
+    def node(number: int, buffer: memoryview, start: int, end: int) -> bytes | None:
+        large = number == NODE_ATTRIBUTE and end - start >= STRIP_THRESHOLD
+        return _rewrite(buffer, start, end, attribute) if large else None
+
+    def attribute(number: int, buffer: memoryview, start: int, end: int) -> bytes | None:
+        large = number == ATTRIBUTE_TENSOR and end - start >= STRIP_THRESHOLD
+        return _strip_tensor(buffer, start, end, location) if large else None
+
+    stripped = _rewrite(buffer, 0, len(buffer), model)
+    return bytes(buffer) if stripped is None else stripped
 
 
-def _strip_graph(buffer: memoryview, start: int, stop: int, location: str) -> bytes:
+def _rewrite(buffer: memoryview, start: int, stop: int, replace: Replace) -> bytes | None:
+    """The message with some of its length-delimited fields replaced; None where none is.
+
+    What is kept is copied in runs: a legacy file with a field for each float has millions.
+    """
     pieces: list[bytes | memoryview] = []
+    kept_from = start
     for number, wire_type, tag, value, end in fields(buffer, start, stop):
-        replaced: bytes | None = None
-        if wire_type == BYTES and end - value >= STRIP_THRESHOLD:
-            if number == GRAPH_INITIALIZER:
-                replaced = _strip_tensor(buffer, value, end, location)
-            elif number == GRAPH_NODE:
-                path = (NODE_ATTRIBUTE, ATTRIBUTE_TENSOR)
-                replaced = _strip_nested(buffer, value, end, location, path)
-        pieces.append(buffer[tag:end] if replaced is None else field(number, replaced))
+        replaced = replace(number, buffer, value, end) if wire_type == BYTES else None
+        if replaced is not None:
+            pieces += (buffer[kept_from:tag], header(number, len(replaced)), replaced)
+            kept_from = end
+    if not pieces:
+        return None
+    pieces.append(buffer[kept_from:stop])
     return b"".join(pieces)
 
 
-def _strip_nested(
-    buffer: memoryview, start: int, stop: int, location: str, path: tuple[int, ...]
-) -> bytes:
-    """Follow `path` of nested message fields down to a TensorProto and strip it."""
-    pieces: list[bytes | memoryview] = []
-    for number, wire_type, tag, value, end in fields(buffer, start, stop):
-        if number == path[0] and wire_type == BYTES and end - value >= STRIP_THRESHOLD:
-            inner = (
-                _strip_nested(buffer, value, end, location, path[1:])
-                if len(path) > 1
-                else _strip_tensor(buffer, value, end, location)
-            )
-            pieces.append(field(number, inner))
-        else:
-            pieces.append(buffer[tag:end])
-    return b"".join(pieces)
-
-
-def _strip_tensor(buffer: memoryview, start: int, stop: int, location: str) -> bytes:
-    pieces: list[bytes | memoryview] = []
-    payloads: list[tuple[int, int]] = []
+def _strip_tensor(buffer: memoryview, start: int, stop: int, location: str) -> bytes | None:
+    """The TensorProto without its payload, or None where it is small or not in one piece."""
+    payloads: list[Field] = []
     data_type = 0
-    for number, wire_type, tag, value, end in fields(buffer, start, stop):
+    for found in fields(buffer, start, stop):
+        number, wire_type, _, value, end = found
+        if number in (TENSOR_EXTERNAL_DATA, TENSOR_DATA_LOCATION):
+            return None
         if number == TENSOR_DATA_TYPE and wire_type == VARINT:
             data_type = _varint(buffer, value, end)[0]
-        large = wire_type == BYTES and end - value >= STRIP_THRESHOLD
-        # Packed float_data holds the same little-endian bytes as raw_data does.
-        if large and number in (TENSOR_RAW_DATA, TENSOR_FLOAT_DATA):
-            payloads.append((value, end - value))
-        else:
-            pieces.append(buffer[tag:end])
-    if len(payloads) != 1 or (data_type != _FLOAT and _has_float_data(buffer, start, stop)):
-        return bytes(buffer[start:stop])
-    offset, length = payloads[0]
-    pieces.append(external_fields(location, offset, length))
-    return b"".join(pieces)
-
-
-def _has_float_data(buffer: memoryview, start: int, stop: int) -> bool:
-    return any(number == TENSOR_FLOAT_DATA for number, *_ in fields(buffer, start, stop))
+        elif number == TENSOR_RAW_DATA or (number == TENSOR_FLOAT_DATA and wire_type == BYTES):
+            payloads.append(found)
+    if len(payloads) != 1:
+        return None
+    number, wire_type, tag, value, end = payloads[0]
+    # Packed float_data holds the same little-endian bytes as raw_data does, but only for FLOAT.
+    if wire_type != BYTES or (number == TENSOR_FLOAT_DATA and data_type != _FLOAT):
+        return None
+    if end - value < STRIP_THRESHOLD:
+        return None
+    reference = external_fields(location, value, end - value)
+    return b"".join((buffer[start:tag], buffer[end:stop], reference))
 
 
 def external_fields(location: str, offset: int, length: int) -> bytes:

@@ -1,0 +1,251 @@
+"""What a model file must satisfy before anything walks it: names, sizes, no cycle, no endless call.
+
+protobuf parses many files that are no models; onnx.checker is slower, needs the weights, and lets
+half of these through. What ONNX Runtime loads passes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from onnxq.errors import OnnxqError
+from onnxq.graph.dtypes import is_known, is_packed, payload_bytes
+from onnxq.graph.names import bodies, captured, made, nested_nodes, tensors_of
+
+MAX_INLINED_NODES = 2_000_000
+"""Functions that call functions can make a small file unfold without bound."""
+
+MAX_CALL_DEPTH = 100
+
+_PER_ELEMENT = {
+    "float_data": ("FLOAT", "COMPLEX64"),
+    "double_data": ("DOUBLE", "COMPLEX128"),
+    "int64_data": ("INT64",),
+    "uint64_data": ("UINT32", "UINT64"),
+    "string_data": ("STRING",),
+}
+_FIELDS = {
+    getattr(onnx.TensorProto, name): field
+    for field, names in _PER_ELEMENT.items()
+    for name in names
+}
+
+
+@contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Put the model's path before the message of an OnnxqError."""
+    try:
+        yield
+    except OnnxqError as error:
+        raise OnnxqError(f"{path}: {error.message}", error.hint) from error.__cause__
+
+
+def check_proto(proto: onnx.ModelProto) -> None:
+    """Refuse a model whose parts do not fit together.
+
+    Raises:
+        OnnxqError: what is wrong and where; without the path, which the caller knows.
+    """
+    check_text(proto)
+    for sparse in proto.graph.sparse_initializer:
+        check_sparse(sparse)
+    for tensor in _tensors(proto):
+        check_tensor(tensor)
+    _check_calls(proto)
+    _check_graph(proto.graph, [])
+
+
+def check_text(proto: onnx.ModelProto) -> None:
+    """Refuse names that are no UTF-8: protobuf hands those out as bytes, nobody expects them."""
+    nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
+    names: list[object] = list(made(proto.graph))
+    names += [v.name for v in (*proto.graph.output, *proto.graph.value_info)]
+    names += [o.domain for o in proto.opset_import]
+    names += [text for f in proto.functions for text in (f.name, f.domain, *f.input, *f.output)]
+    names += [e.key for e in proto.metadata_props] + [e.value for e in proto.metadata_props]
+    for node in nested_nodes(nodes):
+        names += (node.name, node.op_type, node.domain, *node.input, *node.output)
+        names += (a.name for a in node.attribute)
+    for name in names:
+        if isinstance(name, bytes):
+            raise OnnxqError(f"a name in it is not text: {name!r}", "export the model again")
+
+
+def check_tensor(tensor: onnx.TensorProto) -> None:
+    """Refuse a TensorProto whose data does not fill its dimensions.
+
+    An EXTERNAL one has its file checked by `weights.stored`.
+    """
+    shape = tuple(tensor.dims)
+    if not is_known(tensor.data_type):
+        raise _bad(tensor, f"has the element type {tensor.data_type}, which ONNX does not know")
+    if any(d < 0 for d in shape):
+        raise _bad(tensor, f"has a negative dimension: {_dims(shape)}")
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    if tensor.HasField("raw_data"):
+        has, needs, unit = len(tensor.raw_data), payload_bytes(tensor.data_type, shape), "bytes"
+    else:
+        has, needs, unit = _elements(tensor, shape)
+    if has != needs:
+        raise _bad(tensor, f"holds {has} {unit}, but its shape {_dims(shape)} needs {needs}")
+
+
+def check_sparse(sparse: onnx.SparseTensorProto) -> None:
+    """Refuse a SparseTensorProto whose parts do not fit together."""
+    values, indices = sparse.values, sparse.indices
+    for tensor in (values, indices):
+        check_tensor(tensor)
+    count, rank = tuple(values.dims), len(sparse.dims)
+    places = tuple(indices.dims)
+    fits = len(count) == 1 and places in (count, (*count, rank))
+    if not fits or indices.data_type != onnx.TensorProto.INT64 or any(d < 0 for d in sparse.dims):
+        raise _bad(values, f"is sparse with values {_dims(count)} at indices {_dims(places)}")
+
+
+def _elements(tensor: onnx.TensorProto, shape: tuple[int, ...]) -> tuple[int, int, str]:
+    """Elements in the typed field, and how many there should be."""
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    has = len(getattr(tensor, _FIELDS.get(tensor.data_type, "int32_data")))
+    count = 1
+    for dim in shape:
+        count *= dim
+    if is_packed(tensor.data_type) and not name.startswith("FLOAT6"):
+        return has, payload_bytes(tensor.data_type, shape), "packed elements"
+    return has, 2 * count if name.startswith("COMPLEX") else count, "elements"
+
+
+def _bad(tensor: onnx.TensorProto, what: str) -> OnnxqError:
+    return OnnxqError(f"tensor {tensor.name!r} {what}", "the file is damaged; export it again")
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    shown = "x".join(map(str, shape[:8])) + ("x..." if len(shape) > 8 else "")
+    return shown or "()"
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of the model."""
+    yield from proto.graph.initializer
+    for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
+        yield from tensors_of(nodes)
+
+
+def _check_graph(graph: onnx.GraphProto, outer: list[set[str]]) -> None:
+    """One graph's names; `outer` are the names of the graphs around it."""
+    makers = _makers(graph)
+    scopes = [*outer, set(makers)]
+
+    def known(name: str) -> bool:
+        return any(name in scope for scope in scopes)
+
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            if name and not known(name):
+                raise OnnxqError(
+                    f"{_label(node, index)} reads {name!r}, which nothing in the model makes",
+                    "the graph is incomplete; export the model again",
+                )
+        for body in bodies(node):
+            _check_graph(body, scopes)
+    for value in graph.output:
+        if not known(value.name):
+            raise OnnxqError(
+                f"the output {value.name!r} is made by nothing in the model",
+                "the graph is incomplete; export the model again",
+            )
+    _check_acyclic(graph, makers)
+
+
+def _makers(graph: onnx.GraphProto) -> dict[str, int]:
+    """Name -> index of the node that makes it; -1 for inputs and initializers."""
+    makers: dict[str, int] = {}
+    inputs = [v.name for v in graph.input]
+    weights = [t.name for t in graph.initializer] + [
+        s.values.name for s in graph.sparse_initializer
+    ]
+    for kind, names in (("inputs", inputs), ("initializers", weights)):
+        if len(set(names)) < len(names):
+            (twice, _), *_ = Counter(names).most_common(1)
+            raise OnnxqError(f"two {kind} are named {twice!r}", "export the model again")
+        makers.update(dict.fromkeys(names, -1))
+    for index, node in enumerate(graph.node):
+        for name in node.output:
+            if name and name in makers:
+                other = makers[name]
+                by = "an input or initializer" if other < 0 else _label(graph.node[other], other)
+                raise OnnxqError(
+                    f"{name!r} is made twice: by {by} and by {_label(node, index)}",
+                    "names must be unique; export the model again",
+                )
+            if name:
+                makers[name] = index
+    return makers
+
+
+def _check_acyclic(graph: onnx.GraphProto, makers: dict[str, int]) -> None:
+    """Refuse a cycle; nodes in any other order are accepted (passes sort them)."""
+    waits: list[int] = []
+    feeds: dict[int, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        names = {*node.input, *captured(node)}
+        needed = {makers[name] for name in names if makers.get(name, -1) >= 0}
+        waits.append(len(needed))
+        for source in needed:
+            feeds.setdefault(source, []).append(index)
+    ready = [i for i, count in enumerate(waits) if not count]
+    done = 0
+    while ready:
+        done += 1
+        for fed in feeds.get(ready.pop(), ()):
+            waits[fed] -= 1
+            if not waits[fed]:
+                ready.append(fed)
+    if done < len(waits):
+        index = next(i for i, count in enumerate(waits) if count)
+        raise OnnxqError(
+            f"the graph has a cycle: {_label(graph.node[index], index)} depends on itself",
+            "an ONNX graph must be acyclic; export the model again",
+        )
+
+
+def _check_calls(proto: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, or that unfold into too many nodes."""
+    functions = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto], path: tuple[tuple[str, str, str], ...]) -> int:
+        if len(path) > MAX_CALL_DEPTH:
+            raise OnnxqError(
+                f"its functions call each other more than {MAX_CALL_DEPTH} deep",
+                "export the model without functions",
+            )
+        total = 0
+        for node in nested_nodes(nodes):
+            key = (node.domain, node.op_type, node.overload)
+            if key not in functions:
+                total += 1
+                continue
+            if key in path:
+                raise OnnxqError(
+                    f"the function {node.op_type!r} calls itself", "export the model again"
+                )
+            if key not in sizes:
+                sizes[key] = size(functions[key], (*path, key))
+            total += sizes[key]
+        return total
+
+    if size(proto.graph.node, ()) > MAX_INLINED_NODES:
+        raise OnnxqError(
+            f"its functions unfold into more than {MAX_INLINED_NODES} nodes",
+            "export the model without functions",
+        )
+
+
+def _label(node: onnx.NodeProto, index: int) -> str:
+    return f"node {node.name!r} ({node.op_type})" if node.name else f"node {index} ({node.op_type})"

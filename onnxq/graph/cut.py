@@ -1,0 +1,45 @@
+"""The part of a graph that a few of its tensors need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx
+
+from onnxq.graph.names import captured
+
+
+def cut(
+    graph: onnx.GraphProto, outputs: Sequence[str], types: Mapping[str, onnx.ValueInfoProto]
+) -> None:
+    """Make `outputs` the graph's outputs and drop the nodes and weights nobody needs then."""
+    nodes, reached = _needed(graph, outputs)
+    known = {**types, **{v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}}
+    kept = {
+        "node": [graph.node[i] for i in nodes],
+        "initializer": [t for t in graph.initializer if t.name in reached],
+        "sparse_initializer": [s for s in graph.sparse_initializer if s.values.name in reached],
+        "output": [known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs],
+        "value_info": [],
+        "quantization_annotation": [],
+    }
+    for field, content in kept.items():
+        copies = [type(c).FromString(c.SerializeToString()) for c in content]
+        graph.ClearField(field)
+        getattr(graph, field).extend(copies)
+
+
+def _needed(graph: onnx.GraphProto, outputs: Sequence[str]) -> tuple[list[int], set[str]]:
+    """Indices of the nodes that lead to `outputs`, in graph order, and every name on the way."""
+    maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    waiting, reached, nodes = list(outputs), set(outputs), set()
+    while waiting:
+        index = maker.get(waiting.pop(), -1)
+        if index < 0 or index in nodes:
+            continue
+        nodes.add(index)
+        node = graph.node[index]
+        for name in {*node.input, *captured(node)} - reached:
+            reached.add(name)
+            waiting.append(name)
+    return sorted(nodes), reached

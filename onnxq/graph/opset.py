@@ -1,0 +1,302 @@
+"""Raise the standard opset of a graph, touching only nodes whose operator changed in between.
+
+onnx's version converter takes a whole model through a representation of its own that knows no
+sequences, optionals or rare attributes, drops metadata and fails on any operator it has no schema
+for. Here it gets just the nodes whose schema differs, as a small model of their own, one for each
+graph: the main one and each body. What it rewrote is put in place of the node.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import version_converter
+
+from onnxq.errors import OnnxqError
+from onnxq.graph.names import bodies, taken
+from onnxq.graph.reading import is_external
+from onnxq.graph.wire import STRIP_THRESHOLD
+
+_IR_VERSION = 8  # of the small models; the converter refuses old ones
+_BODIES_UNCHANGED_SINCE = {"If": 1, "Loop": 1, "Scan": 9, "SequenceMap": 17}
+
+Types = MutableMapping[str, onnx.TypeProto]
+Constants = MutableMapping[str, onnx.TensorProto]
+
+
+def convert(proto: onnx.ModelProto, inferred: onnx.ModelProto, old: int, new: int) -> int:
+    """Raise the standard opset of `proto` in place.
+
+    Args:
+        inferred: the same model with its types inferred.
+
+    Returns:
+        How many nodes were rewritten.
+
+    Raises:
+        OnnxqError: a node that cannot be raised.
+    """
+    if not old and any(_is_standard(n) and _schema(n, new) for n in proto.graph.node):
+        raise OnnxqError(
+            "the file does not say which version of ONNX's operators it uses (no opset_import)",
+            "export the model again",
+        )
+    raising = _Raising(old, new, set(taken(proto.graph)))
+    changed = raising.graph(proto.graph, inferred.graph, ChainMap(), ChainMap()) if old else 0
+    standard = [entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    for entry in standard or [proto.opset_import.add()]:
+        entry.version = new
+    return changed
+
+
+@dataclass
+class _Raising:
+    """One run from opset `old` to `new`; `names` are those in use anywhere in the model."""
+
+    old: int
+    new: int
+    names: set[str]
+
+    def graph(
+        self,
+        graph: onnx.GraphProto,
+        inferred: onnx.GraphProto,
+        outer_types: ChainMap[str, onnx.TypeProto],
+        outer_constants: ChainMap[str, onnx.TensorProto],
+    ) -> int:
+        types = outer_types.new_child(_types(inferred))
+        constants = outer_constants.new_child(_constants(graph))
+        changed = 0
+        for node, typed in zip(graph.node, inferred.node, strict=True):
+            for body, typed_body in zip(bodies(node), bodies(typed), strict=True):
+                changed += self.graph(body, typed_body, types, constants)
+        affected = [i for i, node in enumerate(graph.node) if self._changes(node)]
+        if affected:
+            small = _small_model([graph.node[i] for i in affected], types, constants, self.old)
+            changed += self._put_in(graph, affected, self._converted(small))
+        return changed
+
+    def _changes(self, node: onnx.NodeProto) -> bool:
+        """Whether the converter must see the node."""
+        if not _is_standard(node) or node.op_type == "Constant":
+            return False
+        before, after = _schema(node, self.old), _schema(node, self.new)
+        if before is None or (after and after.since_version == before.since_version):
+            return False  # of a plugin that uses the standard domain, or the same operator
+        if any(True for _ in bodies(node)):
+            since = _BODIES_UNCHANGED_SINCE.get(node.op_type, self.new)
+            if before.since_version < since:
+                raise self._refused(node, f"its body's form changed in opset {since}")
+            return False
+        try:
+            onnx.checker.check_node(node, _context(self.old))
+        except onnx.checker.ValidationError as error:
+            raise self._refused(node, str(error)) from None
+        return True
+
+    def _converted(self, small: onnx.ModelProto) -> onnx.GraphProto:
+        try:
+            return version_converter.convert_version(small, self.new).graph
+        except (RuntimeError, ValueError, IndexError, version_converter.ConvertError) as error:
+            if len(small.graph.node) == 1:
+                raise self._refused(small.graph.node[0], str(error)) from None
+            for node in small.graph.node:  # which of them was it?
+                alone = onnx.ModelProto()
+                alone.CopyFrom(small)
+                alone.graph.ClearField("node")
+                alone.graph.node.add().CopyFrom(node)
+                made = {name for n in small.graph.node for name in n.output}
+                _add_inputs(alone.graph, [n for n in node.input if n in made], small.graph.output)
+                self._converted(alone)
+            raise self._refused(small.graph.node[0], str(error)) from None
+
+    def _refused(self, node: onnx.NodeProto, why: str) -> OnnxqError:
+        lines = why.strip().splitlines() or [""]
+        return OnnxqError(
+            f"opset {self.old} cannot be raised to {self.new} for node "
+            f"{node.name or node.output[0]!r} ({node.op_type}): {lines[0]}",
+            f"export the model at opset {self.new} or later",
+        )
+
+    def _put_in(
+        self, graph: onnx.GraphProto, affected: list[int], converted: onnx.GraphProto
+    ) -> int:
+        """Replace the affected nodes by what became of them; how many differ."""
+        originals = {i: graph.node[i] for i in affected}
+        own = {name for node in originals.values() for name in (*node.input, *node.output)}
+        renamed = {t.name: self._unique(t.name) for t in converted.initializer if t.name not in own}
+        for tensor in converted.initializer:
+            if tensor.name in renamed:
+                graph.initializer.add().CopyFrom(tensor)
+                graph.initializer[-1].name = renamed[tensor.name]
+        rewritten = _Rewritten(converted, own)
+        nodes, changed = [], 0
+        for index, node in enumerate(graph.node):
+            if index not in originals:
+                nodes.append(node)
+                continue
+            replacements = rewritten.of(node)
+            if len(replacements) == 1 and _is_same(node, replacements[0]):
+                nodes.append(node)
+                continue
+            changed += 1
+            nodes += [self._adapted(node, new, own, renamed) for new in replacements]
+        copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+        graph.ClearField("node")
+        graph.node.extend(copies)
+        return changed
+
+    def _adapted(
+        self,
+        old: onnx.NodeProto,
+        new: onnx.NodeProto,
+        own: set[str],
+        renamed: dict[str, str],
+    ) -> onnx.NodeProto:
+        """A node the converter made, with the old one's metadata and with names of its own."""
+        out = onnx.NodeProto()
+        out.CopyFrom(old)
+        if new.op_type != old.op_type:
+            base = old.name or old.output[0]
+            out.name = self._unique(f"{base}_{new.op_type}")
+            out.ClearField("doc_string")
+        for name in (*new.input, *new.output):
+            if name and name not in own and name not in renamed:
+                renamed[name] = self._unique(f"{old.output[0]}_opset{self.new}")
+        attributes = {a.name: a for a in old.attribute}
+        out.op_type = new.op_type
+        for field in ("input", "output", "attribute"):
+            out.ClearField(field)
+        out.input.extend(renamed.get(name, name) for name in new.input)
+        out.output.extend(renamed.get(name, name) for name in new.output)
+        out.attribute.extend(_kept(a, attributes.get(a.name)) for a in new.attribute)
+        return out
+
+    def _unique(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+
+class _Rewritten:
+    """What the converter made of a few nodes."""
+
+    def __init__(self, graph: onnx.GraphProto, own: set[str]) -> None:
+        self.nodes, self.own = list(graph.node), own
+        self.maker = {name: i for i, n in enumerate(self.nodes) for name in n.output if name}
+        self.used: set[int] = set()
+
+    def of(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The nodes that stand for `node`: the makers of its outputs, and their helpers."""
+        waiting = [self.maker[name] for name in node.output if name in self.maker]
+        found: set[int] = set()
+        while waiting:
+            index = waiting.pop()
+            if index in found or index in self.used:
+                continue
+            found.add(index)
+            helpers = (n for n in self.nodes[index].input if n in self.maker and n not in self.own)
+            waiting.extend(self.maker[name] for name in helpers)
+        self.used |= found
+        return [self.nodes[i] for i in sorted(found)]
+
+
+def _is_standard(node: onnx.NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx")
+
+
+def _schema(node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _context(opset: int) -> onnx.checker.C.CheckerContext:
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version, context.opset_imports = _IR_VERSION, {"": opset}
+    return context
+
+
+def _types(graph: onnx.GraphProto) -> Types:
+    """Types of the graph's tensors."""
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {v.name: v.type for v in values if v.type.HasField("tensor_type")}
+    for tensor in graph.initializer:
+        info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        types[tensor.name] = info.type
+    return types
+
+
+def _constants(graph: onnx.GraphProto) -> Constants:
+    """Constants an adapter may want to read: small and inline, in whatever form."""
+    tensors = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and _is_standard(node) and len(node.output) == 1:
+            tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not is_external(tensor) and tensor.ByteSize() <= 2 * STRIP_THRESHOLD
+    }
+
+
+def _small_model(
+    nodes: list[onnx.NodeProto],
+    types: Mapping[str, onnx.TypeProto],
+    constants: Mapping[str, onnx.TensorProto],
+    opset: int,
+) -> onnx.ModelProto:
+    """Just these nodes; what they read from elsewhere are inputs and initializers."""
+    small = onnx.ModelProto(ir_version=_IR_VERSION)
+    small.opset_import.add(version=opset)
+    small.graph.name = "nodes"
+    small.graph.node.extend(nodes)
+    made = {name: None for node in nodes for name in node.output if name}
+    read = {name: None for node in nodes for name in node.input if name and name not in made}
+    for name in read:
+        if name in constants:
+            small.graph.initializer.add().CopyFrom(constants[name])
+            small.graph.initializer[-1].name = name
+    known = {n: onnx.ValueInfoProto(name=n, type=types.get(n)) for n in (*read, *made)}
+    _add_inputs(small.graph, [n for n in read if n not in constants], known.values())
+    small.graph.output.extend(known[name] for name in made)
+    return small
+
+
+def _add_inputs(
+    graph: onnx.GraphProto, names: list[str], known: Iterable[onnx.ValueInfoProto]
+) -> None:
+    values = {v.name: v for v in known}
+    graph.input.extend(values[name] for name in dict.fromkeys(names))
+
+
+def _is_same(old: onnx.NodeProto, new: onnx.NodeProto) -> bool:
+    """Whether the converter left the node as it was."""
+    before = {a.name: a for a in old.attribute}
+    return (
+        old.op_type == new.op_type
+        and list(old.input) == list(new.input)
+        and list(old.output) == list(new.output)
+        and len(before) == len(new.attribute)
+        and all(a.name in before and _kept(a, before[a.name]) is not a for a in new.attribute)
+    )
+
+
+def _kept(new: onnx.AttributeProto, old: onnx.AttributeProto | None) -> onnx.AttributeProto:
+    """The old attribute, with its doc string, where the new one says the same."""
+    if old is None:
+        return new
+    plain = []
+    for attribute in (old, new):
+        bare = onnx.AttributeProto()
+        bare.CopyFrom(attribute)
+        bare.ClearField("doc_string")
+        plain.append(bare.SerializeToString(deterministic=True))
+    return old if plain[0] == plain[1] else new

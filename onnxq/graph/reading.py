@@ -1,0 +1,131 @@
+"""From a model file to a ModelProto whose weights stayed in the file."""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnxq.errors import OnnxqError
+from onnxq.graph import wire
+from onnxq.graph.check import check_proto, located
+from onnxq.graph.names import attribute_tensors, nested_tensors, tensors_of
+from onnxq.graph.weights import stored
+
+NESTED_LIMIT = 1_900_000_000
+"""Bytes of weights in bodies and functions, which are written inline: a file holds 2 GiB."""
+
+
+def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
+    """A checked model; large weights of its main graph are EXTERNAL, if only in `path` itself.
+
+    Returns:
+        The model, and whether the file keeps weights in other files.
+
+    Raises:
+        OnnxqError: no such file, no ONNX model, or one whose parts do not fit together.
+    """
+    proto = parse(path)
+    with located(path):
+        if not proto.graph.node and not proto.graph.output:
+            raise OnnxqError("it holds no graph", "is it an ONNX model?")
+        check_proto(proto)
+        external = any(is_external(t) and location(t) != path.name for t in proto.graph.initializer)
+        _inline(proto, path.parent)
+    return proto, external
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether the tensor's bytes are elsewhere."""
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def location(tensor: onnx.TensorProto) -> str:
+    """Where an EXTERNAL tensor's bytes are, relative to the model's folder."""
+    return next((str(e.value) for e in tensor.external_data if e.key == "location"), "")
+
+
+def can_hoist(node: onnx.NodeProto, outputs: set[str]) -> bool:
+    """Whether a Constant node can become an initializer: its output is not one of the graph's."""
+    return (
+        node.op_type == "Constant"
+        and node.domain in ("", "ai.onnx")
+        and len(node.output) == 1
+        and node.output[0] != ""
+        and node.output[0] not in outputs
+    )
+
+
+def parse(path: Path) -> onnx.ModelProto:
+    """As `read_proto`, unchecked."""
+    proto = onnx.ModelProto()
+    try:
+        _refuse_unreadable(path)
+        with (
+            located(path),
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as buffer,
+        ):
+            skeleton = wire.strip(buffer, path.name)
+        proto.ParseFromString(skeleton)
+    except DecodeError as error:
+        raise OnnxqError(f"{path} is not an ONNX model: {error}", "export the file again") from None
+    except OSError as error:
+        raise OnnxqError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
+    except UnicodeEncodeError:
+        raise OnnxqError(f"the name of {str(path)!r} is not UTF-8", "rename the file") from None
+    return proto
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise OnnxqError(f"no such file: {path}", "check the path of the model") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise OnnxqError(f"{path} is not a file", "name the .onnx file itself")
+    if status.st_size == 0:
+        raise OnnxqError(f"{path} is empty", "export or copy it again")
+
+
+def _inline(proto: onnx.ModelProto, folder: Path) -> None:
+    """Read the tensors that are written inline whatever the form of the file.
+
+    Those are the tensors of bodies and functions and of attributes other than a Constant's that
+    becomes an initializer: ONNX Runtime takes no external data there.
+    """
+    tensors = [t for t in _inline_tensors(proto) if is_external(t)]
+    found = [stored(t, folder) for t in tensors]
+    total = sum(v.nbytes for v in found)
+    if total > NESTED_LIMIT:
+        raise OnnxqError(
+            f"bodies and functions hold {total} bytes of weights, more than a file can",
+            "export the model without functions, with its weights in the main graph",
+        )
+    for tensor, values in zip(tensors, found, strict=True):
+        tensor.raw_data = values.extent.read().tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+
+
+def _inline_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    outputs = {value.name for value in proto.graph.output}
+    for node in proto.graph.node:
+        hoisted = can_hoist(node, outputs)
+        for name, tensor in attribute_tensors(node):
+            if not (hoisted and name == "value"):
+                yield tensor
+    for sparse in proto.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from nested_tensors(proto.graph.node)
+    for function in proto.functions:
+        yield from tensors_of(function.node)
+    for training in proto.training_info:
+        for graph in (training.initialization, training.algorithm):
+            yield from graph.initializer
+            yield from tensors_of(graph.node)

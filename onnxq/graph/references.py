@@ -1,0 +1,59 @@
+"""External-data references: which file of which folder holds a weight's bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from onnxq.graph.reading import is_external
+from onnxq.graph.weights import Extent
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Bytes of a file in `folder` or below it."""
+
+    extent: Extent
+    folder: Path
+
+
+def refer(proto: onnx.ModelProto, references: Mapping[str, Reference]) -> None:
+    """Point the EXTERNAL initializers at their files, relative to the model's folder."""
+    for tensor in filter(is_external, proto.graph.initializer):
+        reference = references[tensor.name]
+        point(tensor, reference.extent, reference.extent.path.relative_to(reference.folder))
+
+
+def refer_resolved(
+    proto: onnx.ModelProto, references: Mapping[str, Reference], folder: Path
+) -> Path:
+    """As `refer`, with links followed: ONNX Runtime refuses one that leads out of the folder.
+
+    Returns:
+        What the locations are relative to: the folder that holds all files; `folder` for none.
+    """
+    tensors = list(filter(is_external, proto.graph.initializer))
+    paths = {path: path.resolve() for path in {references[t.name].extent.path for t in tensors}}
+    if paths:
+        folder = Path(os.path.commonpath([path.parent for path in paths.values()]))
+    for tensor in tensors:
+        extent = references[tensor.name].extent
+        point(tensor, extent, paths[extent.path].relative_to(folder))
+    return folder
+
+
+def point(tensor: onnx.TensorProto, extent: Extent, location: Path) -> None:
+    """Let the tensor be EXTERNAL at `extent`, under the name `location`."""
+    set_reference(tensor, location.as_posix(), extent.offset, extent.length)
+
+
+def set_reference(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Replace the tensor's `external_data`."""
+    tensor.ClearField("external_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
