@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,6 @@ from onnxq.errors import OnnxqError
 # Given tensor names: the serialized model with exactly these outputs, what they do not need cut
 # away, and the folder that its external weights are read from.
 MakeModel = Callable[[Sequence[str]], tuple[bytes, Path]]
-
-_DOUBT = 8  # how much larger than the guess a tensor of unknown size may be before it is measured
 
 
 class Opener:
@@ -43,15 +42,26 @@ class Opener:
 def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> list[list[str]]:
     """The names in groups whose values on `feed` fit `memory` bytes; at least one a group.
 
-    `memory` None: as much again as the process takes with the model loaded, 1 GiB at least.
+    Sizes come from the shapes that ONNX Runtime infers. Tensors with dimensions it does not know
+    are measured by running the feed, unless all fit even if these are as long as can be expected.
+
+    Args:
+        memory: None: as much again as the process takes with the model loaded, 1 GiB at least.
     """
-    sizes, largest = _inferred(opener, names, feed)
+    session = opener(names, keep=True)
     memory = _allowance() if memory is None else memory
-    unknown = [name for name in names if name not in sizes]
-    if unknown and sum(sizes.values()) + len(unknown) * largest * _DOUBT > memory:
+    dims = _dimensions(session.inputs, feed)
+    longest = _longest(dims, feed)
+    shapes = {output.name: output for output in session.outputs}
+    del session
+    sizes = {name: _size(shapes[name], dims, longest) for name in names}
+    if sum(sizes.values()) > memory:
+        sure = {name: _size(shapes[name], dims, 0) for name in names}
+        unknown = [name for name in names if not sure[name]]
+        largest = max(sure.values()) or sum(array.nbytes for array in feed.values())
         measured = _in_growing_groups(opener, unknown, feed, largest, memory)
         sizes |= {name: values.nbytes for name, values in measured}
-    return _packed(names, {name: sizes.get(name, largest) for name in names}, memory)
+    return _packed(names, sizes, memory)
 
 
 def fetch(
@@ -67,18 +77,6 @@ def fetch(
     arrays.reverse()
     for name in names:
         yield name, arrays.pop()
-
-
-def _inferred(opener: Opener, names: list[str], feed: Feed) -> tuple[dict[str, int], int]:
-    """Bytes of the tensors whose shapes ONNX Runtime infers on `feed`; and a guess for the rest:
-
-    the largest of these.
-    """
-    session = opener(names, keep=True)
-    dims = _dimensions(session.inputs, feed)
-    inferred = {output.name: _size(output, dims) for output in session.outputs}
-    sizes = {name: size for name, size in inferred.items() if size is not None}
-    return sizes, max(sizes.values(), default=sum(array.nbytes for array in feed.values()))
 
 
 def _in_growing_groups(
@@ -122,16 +120,17 @@ def _dimensions(inputs: Sequence[InputSpec], feed: Feed) -> dict[str, int]:
     }
 
 
-def _size(output: InputSpec, dims: Mapping[str, int]) -> int | None:
-    """Bytes of an output; None where a dimension is not known, or none is (an unknown rank)."""
-    if not output.shape:
-        return None
+def _longest(dims: Mapping[str, int], feed: Feed) -> int:
+    """What an unknown dimension may be: all open ones, or the largest input, flattened."""
+    return max(math.prod(dims.values()), *(array.size for array in feed.values()))
+
+
+def _size(output: InputSpec, dims: Mapping[str, int], unknown: int) -> int:
+    """Bytes of an output whose unknown dimensions, or dimension if its rank is, are `unknown`."""
     size = output.dtype.itemsize
-    for dim in output.shape:
+    for dim in output.shape or (None,):
         known = dims.get(dim) if isinstance(dim, str) else dim
-        if known is None:
-            return None
-        size *= known
+        size *= unknown if known is None else known
     return size
 
 
