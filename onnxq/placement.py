@@ -23,7 +23,7 @@ from onnxq.formats import QuantFormat, quant_format
 from onnxq.gpus import Target
 from onnxq.graph.model import Model
 from onnxq.graph.query import constant_operand, known_shapes, label
-from onnxq.graph.roles import embedding_rows, first_convolutions, last_layers
+from onnxq.graph.roles import first_convolutions, last_layers
 from onnxq.recipe import Recipe, Rule
 from onnxq.sites import Site, bystanders, find_sites
 
@@ -91,7 +91,6 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
         fmt,
         last_layers(model),
         first_convolutions(model),
-        embedding_rows(model),
         _head_sizes(model, sites) if recipe.attention or recipe.rules else {},
     )
     decisions = [_decide(site, context) for site in sites]
@@ -125,7 +124,6 @@ class _Context:
     fmt: QuantFormat
     heads: frozenset[int]
     first_convs: frozenset[int]
-    vocabularies: frozenset[int]
     head_sizes: Mapping[int, int | None]
 
 
@@ -215,7 +213,7 @@ def _by_role(site: Site, context: _Context) -> str:
     if recipe.first == "leave" and id(site.node) in context.first_convs:
         return "first convolution, left by the recipe"
     if id(site.node) in context.heads and site.operand is not None:
-        if _is_lm_head(site, context) and recipe.lm_head == "leave":
+        if _is_lm_head(site) and recipe.lm_head == "leave":
             return "lm_head, left by the recipe"
         if recipe.last == "leave":
             return "makes an output, left by the recipe"
@@ -254,16 +252,15 @@ _RULES: tuple[Callable[[Site, _Context], str], ...] = (
 """Each names the reason to leave a site, or ''; the first reason stands."""
 
 
-def _is_lm_head(site: Site, context: _Context) -> bool:
-    """A projection onto a vocabulary: an embedding has as many rows, or the name says so."""
+def _is_lm_head(site: Site) -> bool:
+    """A projection onto a vocabulary: tied with an embedding, eight times as wide, or so named."""
     if site.operand is None or site.kind != "linear":
         return False
     tied = any(consumer.op == "Gather" for consumer in site.operand.constant.outputs)
     k, n = site.operand.shape
     if site.node.attrs.get("transB", 0):
         n, k = k, n
-    wide = n >= 8 * k and n in context.vocabularies
-    return tied or wide or "lm_head" in site.name or site.module.endswith("lm_head")
+    return tied or n >= 8 * k or "lm_head" in site.name or site.module.endswith("lm_head")
 
 
 def _apply_rules(

@@ -307,13 +307,16 @@ def test_lm_head_by_the_recipe(tied: bool, transposed: bool) -> None:
     assert reasons(placed(graph, "fp8", "quantize node=/head")) == {"/fc": "", "/head": ""}
 
 
-def test_a_wide_classifier_is_no_lm_head() -> None:
+@pytest.mark.parametrize(
+    ("name", "wide", "left"),
+    [("/classes", 256, True), ("/classes", 255, False), ("/lm_head/MatMul", 64, True)],
+)
+def test_what_counts_as_lm_head(name: str, wide: int, left: bool) -> None:
+    """Also without an embedding: a character recognizer ends in thousands of classes."""
     graph = Net()
     x = graph.op("Relu", graph.input("x", ["m", 32]))
-    graph.output(graph.op("MatMul", x, graph.weight("w", 32, 1024), name="/classes"))
-    assert reasons(placed(graph)) == {"/classes": ""}
-    graph.nodes[-1].name = "/lm_head/MatMul"
-    assert reasons(placed(graph)) == {"/lm_head/MatMul": "lm_head, left by the recipe"}
+    graph.output(graph.op("MatMul", x, graph.weight("w", 32, wide), name=name))
+    assert reasons(placed(graph)) == {name: "lm_head, left by the recipe" if left else ""}
 
 
 def cnn(last: str = "/conv3") -> Net:

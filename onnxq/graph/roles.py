@@ -1,11 +1,11 @@
-"""Which layers come first and last, and what is a vocabulary; by id of the node."""
+"""Which layers come first and last; by id of the node."""
 
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
 from onnxq.graph.model import Model
-from onnxq.graph.query import constant_operand, producer
+from onnxq.graph.query import producer
 
 _TO_OUTPUT = frozenset(
     (
@@ -62,10 +62,3 @@ def first_convolutions(model: Model) -> frozenset[int]:
             if id(tensor) in inputs:
                 found.add(id(node))
     return frozenset(found)
-
-
-def embedding_rows(model: Model) -> frozenset[int]:
-    """Rows of the tables that a Gather reads."""
-    gathers = [n for n in model.graph.nodes if n.op == "Gather"]
-    tables = [constant_operand(n, 0) for n in gathers]
-    return frozenset(t.shape[0] for t in tables if t is not None and len(t.shape) == 2)
