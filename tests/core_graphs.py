@@ -90,7 +90,8 @@ class Net:
         model = h.make_model(graph, opset_imports=imports, ir_version=10)
         for value in onnx.shape_inference.infer_shapes(model).graph.output:
             for output in graph.output:
-                if output.name == value.name and not output.type.tensor_type.HasField("shape"):
+                known = value.type.tensor_type.HasField("shape")
+                if output.name == value.name and known:
                     output.type.tensor_type.shape.CopyFrom(value.type.tensor_type.shape)
         model.graph.CopyFrom(graph)
         return model

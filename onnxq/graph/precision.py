@@ -6,7 +6,7 @@ decided from known patterns, from the constants, and from measured ranges where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxq.graph import patterns
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
-from onnxq.graph.query import captured_names, has_subgraph, label, producer, scalar
+from onnxq.graph.query import captured_names, has_subgraph, label, producer, type_number
 from onnxq.graph.weights import array, constant_type
 from onnxq.report import Edit
 
@@ -26,13 +27,23 @@ FLOAT = onnx.TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class Base:
-    """A 16-bit type, with the largest finite value and the smallest normal one."""
+    """A 16-bit type.
+
+    Attributes:
+        largest, smallest: its largest finite value and its smallest normal one.
+        fill: what a mask's huge negative constant becomes. exp() of it is 0, and neither a score
+            nor a second mask added to it makes -inf, which would turn a row that is masked
+            throughout into NaN.
+        min_opset: the first opset in which convolutions and poolings have the type.
+    """
 
     name: str
     onnx_type: int
     dtype: Any
     largest: float
     smallest: float
+    fill: float
+    min_opset: int
 
     @property
     def graph_dtype(self) -> Any:
@@ -41,56 +52,31 @@ class Base:
 
 
 BASES = {
-    "fp16": Base("fp16", onnx.TensorProto.FLOAT16, np.float16, 65504.0, 2.0**-14),
-    "bf16": Base("bf16", onnx.TensorProto.BFLOAT16, ml_dtypes.bfloat16, 3.38e38, 2.0**-126),
+    b.name: b
+    for b in (
+        Base("fp16", onnx.TensorProto.FLOAT16, np.float16, 65504.0, 2.0**-14, -(2.0**14), 13),
+        Base(
+            "bf16",
+            onnx.TensorProto.BFLOAT16,
+            ml_dtypes.bfloat16,
+            2.0**128 - 2.0**120,
+            2.0**-126,
+            -(2.0**100),
+            22,
+        ),
+    )
 }
 
-MASK_FILL = -32768.0
-"""What a mask's huge negative constant becomes in FP16: exp() of it is 0, and a score added to it
-cannot overflow to -inf, which would turn a fully masked row into NaN."""
-
-RANGE_HUNGRY = {
-    "Exp": "grows without bound",
-    "Log": "loses itself near 0 and 1",
-    "Pow": "powers leave the range",
-    "Softplus": "is an exponential",
-    "CumSum": "sums run out of the range",
-    "ReduceSum": "sums run out of the range",
-    "ReduceProd": "products run out of the range",
-    "ReduceSumSquare": "squares leave the range",
-    "ReduceL2": "squares leave the range",
-    "ReduceLogSum": "sums run out of the range",
-    "ReduceLogSumExp": "is an exponential",
-}
-"""Operators that stay FP32 whatever the data. Softmax is not here: TensorRT's fused attention and
-ONNX Runtime both compute it in FP32 inside."""
-
-_AFTER_SQUARE = ("ReduceMean", "Add", "Sqrt", "Reciprocal", "Max", "Clip", "Pow", "Cast", "Expand")
-_ANGLE = (
-    "Mul",
-    "Add",
-    "Sub",
-    "Div",
-    "Cast",
-    "Unsqueeze",
-    "Squeeze",
-    "Reshape",
-    "Expand",
-    "MatMul",
-    "Concat",
-    "Transpose",
-    "Neg",
-    "Exp",
-    "Einsum",
-    "Range",
-    "Identity",
-    "Slice",
-    "Gather",
+_CARRIES_MASK = patterns.LAYOUT | {"Where", "Add", "Sub", "Mul", "Cast", "Min", "Max", "Clip"}
+_MASKING = patterns.LAYOUT | {"Where", "Mul", "Add"}
+_TYPED_BY_ATTRIBUTE = frozenset(
+    (
+        *("Constant", "EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike"),
+        *("RandomUniformLike", "Bernoulli", "Multinomial"),
+    )
 )
-_CARRIES_MASK = frozenset(
-    "Where Add Sub Mul Expand Cast Concat Slice Gather Reshape Transpose Unsqueeze Squeeze Identity "
-    "Min Max Clip Tile".split()
-)
+_ANY_TYPE = ("Shape", "Size", "Cast")
+"""What reads values of any type: no Cast before it."""
 _RANGE_MARGIN = 0.9
 
 
@@ -107,6 +93,10 @@ class PrecisionPlan:
     base: Base
     kept: dict[int, str] = field(default_factory=dict)
     clamped: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, node: gs.Node, reason: str) -> None:
+        """Let a node stay FP32; the first reason stands."""
+        self.kept.setdefault(id(node), reason)
 
 
 def is_fp32(tensor: gs.Tensor) -> bool:
@@ -132,19 +122,24 @@ def plan_precision(
     captured = captured_names(model)
     for node in model.graph.nodes:
         reason = _structural(model, node, base, captured)
-        if reason is None and node.op in RANGE_HUNGRY and base.name == "fp16":
-            reason = f"{node.op} {RANGE_HUNGRY[node.op]}"
+        if reason is None and node.op in patterns.HUNGRY:
+            reason = f"{node.op} {patterns.HUNGRY[node.op]}"
         if reason is not None:
             plan.kept[id(node)] = reason
-    for node in _angles(model):
-        plan.kept.setdefault(id(node), "positions and angles: integers above 2048 are not exact")
-    if base.name == "fp16":
-        for node in _norms(model):
-            plan.kept.setdefault(id(node), "squares in a norm leave the range")
-        for node in model.graph.nodes:
-            _judge_constants(node, plan)
-        _judge_ranges(model, plan, ranges or {})
-        _follow_divisors(model, plan)
+    for node in patterns.angles(model):
+        plan.keep(node, "positions and angles: large integers are not exact in 16 bits")
+    for node in patterns.norms(model):
+        plan.keep(node, "squares in a norm leave the range")
+    for node, reason in patterns.unbounded(model):
+        plan.keep(node, reason)
+    for node in model.graph.nodes:
+        _judge_constants(node, plan)
+    _judge_ranges(model, plan, ranges or {})
+    for node, reason in patterns.guarded(model, plan.kept, is_fp32):
+        plan.keep(node, reason)
+    while found := list(patterns.between(model, plan.kept, is_fp32)):
+        for node, reason in found:
+            plan.keep(node, reason)
     return plan
 
 
@@ -170,68 +165,12 @@ def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> 
                 allowed = formal[min(index, len(formal) - 1)].types
                 if wanted not in allowed:
                     return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
-    if node.op in (
-        "EyeLike",
-        "RandomNormal",
-        "RandomUniform",
-        "RandomNormalLike",
-        "RandomUniformLike",
-        "Bernoulli",
-        "Multinomial",
-    ):
-        return "its type is an attribute"
-    return None
+    return "its type is an attribute" if node.op in _TYPED_BY_ATTRIBUTE else None
 
 
 def _pinned(schema: Any, formal: Any, index: int) -> bool:
     """Whether the operator takes FP32 and nothing else at that place (Resize's scales)."""
     return set(formal[min(index, len(formal) - 1)].types) == {"tensor(float)"}
-
-
-def _norms(model: Model) -> Iterator[gs.Node]:
-    """Square, mean, epsilon, root, reciprocal and the product with x, of a norm spelled out."""
-    for node in model.graph.nodes:
-        if not _is_square(node):
-            continue
-        chain = [c for c in node.outputs[0].outputs if c.op in ("ReduceMean", "ReduceSum")]
-        if not chain:
-            continue
-        yield node
-        seen: set[int] = set()
-        while chain:
-            current = chain.pop()
-            if id(current) in seen:
-                continue
-            seen.add(id(current))
-            yield current
-            for consumer in current.outputs[0].outputs:
-                if consumer.op in _AFTER_SQUARE:
-                    chain.append(consumer)
-                elif consumer.op in ("Mul", "Div") and id(consumer) not in seen:
-                    seen.add(id(consumer))
-                    yield consumer
-
-
-def _is_square(node: gs.Node) -> bool:
-    if node.op == "Pow":
-        return scalar(node.inputs[1]) == 2.0
-    return node.op == "Mul" and node.inputs[0] is node.inputs[1]
-
-
-def _angles(model: Model) -> Iterator[gs.Node]:
-    """Sin, Cos and the elementwise arithmetic that leads to them from positions or timesteps."""
-    stack = [n for n in model.graph.nodes if n.op in ("Sin", "Cos")]
-    seen: set[int] = set()
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        for tensor in node.inputs:
-            source = producer(tensor)
-            if source is not None and source.op in _ANGLE:
-                stack.append(source)
 
 
 def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
@@ -256,7 +195,7 @@ def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
             plan.clamped[tensor.name] = clamp
         elif 0 < largest < plan.base.smallest and not _is_offset(node, tensor):
             plan.kept[id(node)] = (
-                f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in FP16"
+                f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in {plan.base.name}"
             )
             return
 
@@ -272,10 +211,8 @@ def _is_offset(node: gs.Node, tensor: gs.Constant) -> bool:
 
 def _clamp_to(node: gs.Node, index: int, finite: Any, base: Base) -> float | None:
     """What an out-of-range constant may become without changing what the node means."""
-    if node.op in ("Where", "Mul", "Add", "Expand", "Concat") and bool(
-        ((finite <= -base.largest) | (np.abs(finite) <= 1)).all()
-    ):
-        return MASK_FILL
+    if node.op in _MASKING and bool(((finite <= -base.largest) | (np.abs(finite) <= 1)).all()):
+        return base.fill
     if node.op in ("Clip", "Min", "Max"):
         return base.largest if float(finite.max()) > 0 else -base.largest
     return None
@@ -303,21 +240,6 @@ def _masked(model: Model, plan: PrecisionPlan) -> set[str]:
     return reached
 
 
-def _follow_divisors(model: Model, plan: PrecisionPlan) -> None:
-    """What divides by a value guarded against 0 by a tiny constant stays FP32 with it."""
-    for node in model.graph.nodes:
-        if node.op in ("Div", "Reciprocal") and id(node) not in plan.kept:
-            divisor = producer(node.inputs[-1])
-            while divisor is not None and divisor.op in ("Expand", "Unsqueeze", "Reshape"):
-                divisor = producer(divisor.inputs[0])
-            if (
-                divisor is not None
-                and id(divisor) in plan.kept
-                and any(is_fp32(t) for t in node.outputs)
-            ):
-                plan.kept[id(node)] = f"divides by {label(divisor)!r}, which stays FP32"
-
-
 def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = False) -> list[Edit]:
     """Cast weights and attributes, and put one Cast wherever FP32 and 16 bits meet."""
     editor = Editor(model)
@@ -326,19 +248,16 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
     before = list(model.graph.tensors().values())  # alive, so that their ids stay theirs
     fp32 = {id(t) for t in before if is_fp32(t)}
     if convert_io:
-        for tensor in model.graph.inputs:
-            if id(tensor) in fp32:
-                tensor.dtype = plan.base.graph_dtype
+        edits += _convert_inputs(model, plan)
     for node in list(model.graph.nodes):
-        touched = any(id(t) in fp32 for t in (*node.inputs, *node.outputs))
-        if not touched:
+        if not any(id(t) in fp32 for t in (*node.inputs, *node.outputs)):
             continue
         kept = id(node) in plan.kept
         if kept:
             edits.append(Edit("precision", "keep fp32", label(node), plan.kept[id(node)]))
         pinned = () if kept else _pinned_inputs(model, node)
         for index, tensor in enumerate(list(node.inputs)):
-            if id(tensor) in fp32:
+            if id(tensor) in fp32 and node.op not in _ANY_TYPE:
                 wanted = FLOAT if kept or index in pinned else plan.base.onnx_type
                 caster.feed(node, index, tensor, wanted)
         if not kept:
@@ -347,25 +266,52 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
         edits.append(
             Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}")
         )
-    if not convert_io:
-        _restore_outputs(editor, plan, fp32)
+    _type_outputs(editor, plan, fp32, convert_io)
+    _drop_idle_casts(editor, fp32)
     editor.finish()
     return edits
 
 
+def _convert_inputs(model: Model, plan: PrecisionPlan) -> list[Edit]:
+    """FP32 inputs become 16 bits wide, except what a subgraph reads."""
+    captured, edits = captured_names(model), []
+    for tensor in model.graph.inputs:
+        if is_fp32(tensor) and tensor.name in captured:
+            edits.append(Edit("precision", "keep fp32", tensor.name, "a subgraph reads this input"))
+        elif is_fp32(tensor) and not isinstance(tensor, gs.Constant):
+            tensor.dtype = plan.base.graph_dtype
+    return edits
+
+
 def _convert_outputs(editor: Editor, node: gs.Node, plan: PrecisionPlan, fp32: set[int]) -> None:
-    if node.op == "Cast" and node.attrs.get("to") in (FLOAT, np.float32, np.dtype(np.float32)):
+    if node.op == "Cast" and any(id(t) in fp32 for t in node.outputs):
         editor.set_attribute(node, "to", plan.base.onnx_type)
     if node.op == "ConstantOfShape":
         value = node.attrs.get("value")
         number = float(array(value).reshape(-1)[0]) if value is not None else 0.0
         if abs(number) > plan.base.largest and np.isfinite(number):
-            number = MASK_FILL if number < 0 else plan.base.largest
+            number = plan.base.fill if number < 0 else plan.base.largest
         content = np.array([number], np.float32).astype(plan.base.dtype)
         editor.set_attribute(node, "value", editor.constant("value", content))
-    for tensor in node.outputs:
-        if id(tensor) in fp32:
+    schema = onnx.defs.get_schema(node.op, editor.model.opset, node.domain or "")
+    for index, tensor in enumerate(node.outputs):
+        if id(tensor) in fp32 and not _pinned(schema, schema.outputs, index):
             tensor.dtype = plan.base.graph_dtype
+
+
+def _drop_idle_casts(editor: Editor, fp32: set[int]) -> None:
+    """Casts that change nothing any more, now that what they read or make has 16 bits."""
+    outputs = {id(t) for t in editor.model.graph.outputs}
+    for node in editor.model.graph.nodes:
+        tensors = (*node.inputs, *node.outputs)
+        if node.op != "Cast" or not any(id(t) in fp32 for t in tensors):
+            continue
+        if type_number(node.inputs[0]) == type_number(node.outputs[0]):
+            if id(node.outputs[0]) not in outputs:
+                editor.redirect(node.outputs[0], node.inputs[0])
+            else:
+                node.op = "Identity"
+                editor.set_attribute(node, "to", None)
 
 
 def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
@@ -373,18 +319,24 @@ def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
     return tuple(i for i in range(len(node.inputs)) if _pinned(schema, schema.inputs, i))
 
 
-def _restore_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int]) -> None:
-    """Graph outputs keep their FP32: one Cast each, under the output's name."""
-    graph = editor.model.graph
+def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: bool) -> None:
+    """Graph outputs keep their FP32, or all become 16 bits wide: one Cast each, under its name."""
+    graph, base = editor.model.graph, plan.base
     for index, tensor in enumerate(list(graph.outputs)):
-        if id(tensor) not in fp32 or is_fp32(tensor) or not tensor.inputs:
+        if id(tensor) not in fp32 or is_fp32(tensor) != convert or not tensor.inputs:
             continue
-        name = tensor.name
-        tensor.name = editor.unique(f"{name}_{plan.base.name}")
-        out = gs.Variable(name, dtype=np.dtype(np.float32), shape=tensor.shape)
-        node = gs.Node("Cast", editor.unique(f"{name}_Cast"), {"to": FLOAT}, [tensor], [out])
+        name, source = tensor.name, tensor.inputs[0]
+        if convert and source.op == "Cast" and not tensor.outputs:
+            _convert_outputs(editor, source, plan, fp32)
+            continue
+        tensor.name = editor.unique(f"{name}_{'fp32' if convert else base.name}")
+        dtype = base.graph_dtype if convert else np.dtype(np.float32)
+        out = gs.Variable(name, dtype=dtype, shape=tensor.shape)
+        to = base.onnx_type if convert else FLOAT
+        node = gs.Node("Cast", editor.unique(f"{name}_Cast"), {"to": to}, [tensor], [out])
         graph.nodes.append(node)
         graph.outputs[index] = out
+        editor.model.inherit_metadata(node, source)
 
 
 class _Caster:
@@ -399,25 +351,36 @@ class _Caster:
         if isinstance(tensor, gs.Constant):
             if wanted != FLOAT:
                 self.editor.replace_input(node, index, self._constant(tensor, wanted))
-            return
-        has = FLOAT if is_fp32(tensor) else self.plan.base.onnx_type
-        if has != wanted:
-            key = (id(tensor), wanted)
-            if key not in self._cast:
-                base = self.plan.base
-                dtype = np.dtype(np.float32) if wanted == FLOAT else base.graph_dtype
-                suffix = "fp32" if wanted == FLOAT else base.name
-                self._cast[key] = self.editor.node(
-                    "Cast",
-                    f"{tensor.name}_Cast_{suffix}",
-                    [tensor],
-                    f"{tensor.name}_{suffix}",
-                    dtype,
-                    tensor.shape,
-                    like=node,
-                    to=wanted,
-                )
-            self.editor.replace_input(node, index, self._cast[key])
+        elif self._type(tensor) != wanted:
+            self.editor.replace_input(node, index, self._converted(tensor, wanted, node))
+
+    def _type(self, tensor: gs.Tensor) -> int:
+        return FLOAT if is_fp32(tensor) else self.plan.base.onnx_type
+
+    def _converted(self, tensor: gs.Tensor, wanted: int, like: gs.Node) -> gs.Tensor:
+        """`tensor` in another type; what was cast to FP32 is taken from before that Cast."""
+        cast = producer(tensor)
+        origin = cast.inputs[0] if cast is not None and cast.op == "Cast" else tensor
+        if isinstance(origin, gs.Constant) or is_fp32(origin):
+            origin = tensor
+        if type_number(origin) == wanted:
+            return origin
+        key = (id(origin), wanted)
+        if key not in self._cast:
+            base = self.plan.base
+            dtype = np.dtype(np.float32) if wanted == FLOAT else base.graph_dtype
+            suffix = "fp32" if wanted == FLOAT else base.name
+            self._cast[key] = self.editor.node(
+                "Cast",
+                f"{tensor.name}_Cast_{suffix}",
+                [origin],
+                f"{tensor.name}_{suffix}",
+                dtype,
+                tensor.shape,
+                like=like,
+                to=wanted,
+            )
+        return self._cast[key]
 
     def _constant(self, tensor: gs.Constant, wanted: int) -> gs.Constant:
         key = (id(tensor), wanted)

@@ -126,15 +126,19 @@ _WORDS = {
 }
 
 
+def type_number(tensor: gs.Tensor) -> int:
+    """A tensor's TensorProto.DataType; 0 where it is unknown."""
+    if isinstance(tensor, gs.Constant):
+        return constant_type(tensor)
+    if tensor.dtype is None:
+        return 0
+    return tensor.dtype if isinstance(tensor.dtype, int) else onnx_dtype(tensor.dtype)
+
+
 def type_word(tensor: gs.Tensor) -> str:
     """A tensor's type in short: `fp32`, `fp16`, `fp8`, `int8`, ...; `?` where it is unknown."""
-    if isinstance(tensor, gs.Constant):
-        number = constant_type(tensor)
-    elif tensor.dtype is None:
-        return "?"
-    else:
-        number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_dtype(tensor.dtype)
-    name = str(onnx.TensorProto.DataType.Name(number))
+    number = type_number(tensor)
+    name = str(onnx.TensorProto.DataType.Name(number)) if number else "?"
     return _WORDS.get(name, name.lower())
 
 
