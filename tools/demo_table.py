@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _snr(row: dict[str, Any]) -> str:
-    return f"{float(row['snr']):.1f} dB"
+    return f"{float(row['snr_db']):.1f} dB"
 
 
 def _count(build: dict[str, Any], kind: str, word: str) -> str:

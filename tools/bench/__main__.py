@@ -89,7 +89,7 @@ def _measure(case: Case, folder: Path) -> list[dict[str, Any]]:
                 "model": case.name,
                 "recipe": recipe,
                 "size": made["bytes_after"] / made["bytes_before"],
-                "snr": errors["snr"],
+                "snr": errors["snr_db"],
                 "cosine": errors["cosine"],
                 "yardstick": title,
                 "value": measure(output) if measure else None,
