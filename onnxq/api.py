@@ -6,14 +6,13 @@ Every function imports what it needs when it is called, so that `import onnxq` s
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import onnxq
+from onnxq import record
 from onnxq.base import Precision, convert_base, write_fp16
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from onnxq.placement import Placement
 
 PathLike = str | Path
-
-METADATA = "onnxq"
-"""Key of the output's metadata_props that records the run, as JSON."""
 
 
 def quantize(
@@ -104,7 +100,7 @@ def quantize(
         progress=progress,
     )
     report.edits += apply_placement(graph, placement, ranges, progress)
-    _stamp(graph, chosen, target, precision, table)
+    record.stamp(graph, chosen, target, precision, table.digest if table else None)
     written = save(graph, destination, progress=progress)
 
     report.facts.update(
@@ -133,9 +129,9 @@ def inspect(
 
     source = Path(model)
     if recipe is None:
-        record = _record(Model.load(source))
-        if record is not None:
-            return Inspected(Report(f"written by onnxq {record.get('version', '?')}", record))
+        made = record.read(Model.load(source))
+        if made is not None:
+            return Inspected(Report(f"written by onnxq {made.get('version', '?')}", made))
     chosen, reason = choose_recipe(recipe, target, rules)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
     _, placement = _placed(source, chosen, target, report)
@@ -388,32 +384,6 @@ def _calibrate(
         table = table.merge(load_table(Path(path), graph.fingerprint))
     table.require(graph.fingerprint, watched)
     return table
-
-
-def _stamp(
-    graph: Model, recipe: Recipe, target: str, precision: str, table: CalibrationTable | None
-) -> None:
-    """Record the run in the model's metadata; nothing in it depends on when or where it ran."""
-    record = {
-        "version": onnxq.__version__,
-        "recipe": recipe.as_dict(),
-        "target": target,
-        "precision": precision,
-        "source": graph.fingerprint,
-        "calibration": table.digest if table else None,
-    }
-    entry = graph.header.metadata_props.add()
-    entry.key, entry.value = METADATA, json.dumps(record, sort_keys=True)
-
-
-def _record(graph: Model) -> dict[str, Any] | None:
-    """The record of the run that wrote a model; None for a model of another hand."""
-    text = {e.key: e.value for e in graph.header.metadata_props}.get(METADATA)
-    try:
-        content = json.loads(text) if text is not None else None
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _facts_before(graph: Model) -> dict[str, Any]:
