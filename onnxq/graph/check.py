@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
+import onnx.shape_inference
+import onnx.version_converter
 
 from onnxq.errors import OnnxqError
 from onnxq.graph.dtypes import is_known, is_packed, payload_bytes
@@ -21,6 +23,16 @@ MAX_INLINED_NODES = 2_000_000
 """Functions that call functions can make a small file unfold without bound."""
 
 MAX_CALL_DEPTH = 100
+
+TOOL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    onnx.version_converter.ConvertError,
+)
+"""What onnx's own tools raise."""
 
 _PER_ELEMENT = {
     "float_data": ("FLOAT", "COMPLEX64"),
@@ -216,6 +228,8 @@ def _check_acyclic(graph: onnx.GraphProto, makers: dict[str, int]) -> None:
 
 def _check_calls(proto: onnx.ModelProto) -> None:
     """Refuse functions that call themselves, or that unfold into too many nodes."""
+    if len({(f.domain, f.name, f.overload) for f in proto.functions}) < len(proto.functions):
+        raise OnnxqError("two of its functions have one name", "export the model again")
     functions = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
     sizes: dict[tuple[str, str, str], int] = {}
 

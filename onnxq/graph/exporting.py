@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from onnxq.graph.model import Model
 
 
-def export(model: Model) -> onnx.ModelProto:
-    """The model as a ModelProto; weights that lie outside stay EXTERNAL placeholders."""
+def export(model: Model, *, bare: bool = False) -> onnx.ModelProto:
+    """The model as a ModelProto; weights that lie outside stay EXTERNAL placeholders.
+
+    Args:
+        bare: leave out the metadata and doc strings of nodes, most of the bytes of a torch export.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.header)
     for node in model.graph.nodes:
-        _export_node(model, node, proto.graph.node.add())
+        _export_node(model, node, proto.graph.node.add(), bare)
     live = list(live_constants(model))
     for constant in live:
         if isinstance(constant._values, SparseValues):
@@ -59,7 +63,7 @@ def value_types(model: Model) -> dict[str, onnx.ValueInfoProto]:
     }
 
 
-def _export_node(model: Model, node: gs.Node, out: onnx.NodeProto) -> None:
+def _export_node(model: Model, node: gs.Node, out: onnx.NodeProto, bare: bool) -> None:
     origin = model.origins.get(id(node))
     if origin is None:
         out.CopyFrom(onnx.helper.make_node(node.op, (), (), domain=node.domain or None))
@@ -67,7 +71,11 @@ def _export_node(model: Model, node: gs.Node, out: onnx.NodeProto) -> None:
         if id(node) in model.added:
             out.metadata_props.extend(model.added[id(node)][1].metadata_props)
     else:
-        out.CopyFrom(origin)
+        if bare:
+            out.domain, out.overload = origin.domain, origin.overload
+            out.attribute.extend(origin.attribute)
+        else:
+            out.CopyFrom(origin)
         for name in sorted(model.edited.get(id(node), ())):
             _replace_attribute(out, name, node.attrs.get(name))
     out.op_type = node.op

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from onnxq.graph.dtypes import to_bytes
-from onnxq.graph.weights import Extent, StoredValues, array, constant_type
+from onnxq.graph.weights import Extent, SparseValues, StoredValues, array, constant_type
 
 if TYPE_CHECKING:
     from onnxq.graph.model import Model
@@ -20,10 +20,10 @@ _EDGE = 4096
 
 
 def fingerprint(model: Model) -> str:
-    """Hexadecimal SHA-256, the same whichever file or files the weights lie in."""
-    proto = model.export()
-    proto.graph.ClearField("initializer")
-    digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    """Hexadecimal SHA-256 of a model as it was loaded, whichever files its weights lie in."""
+    digest = hashlib.sha256(model.header.SerializeToString(deterministic=True))
+    for node in model.graph.nodes:
+        digest.update(model.origins[id(node)].SerializeToString(deterministic=True))
     for constant in model.constants():
         values, kind = constant._values, constant_type(constant)
         digest.update(repr((constant.name, kind, tuple(values.shape))).encode())
@@ -31,6 +31,8 @@ def fingerprint(model: Model) -> str:
             extent = values.extent
             for offset in (extent.offset, extent.offset + extent.length - _EDGE):
                 digest.update(Extent(extent.path, offset, _EDGE).read().data)
+        elif isinstance(values, SparseValues):
+            digest.update(values.sparse.SerializeToString(deterministic=True))
         elif kind == onnx.TensorProto.STRING:
             digest.update(values.tensor.SerializeToString(deterministic=True))
         else:

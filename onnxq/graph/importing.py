@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxq.graph.dtypes import is_known
 from onnxq.graph.names import made
 from onnxq.graph.reading import is_external
 from onnxq.graph.weights import InlineValues, SparseValues, Values, stored
@@ -100,7 +101,7 @@ def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _plain_value(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
     """A value with its type where that is a tensor; graphsurgeon fails on some others."""
     kept = onnx.ValueInfoProto(name=value.name)
-    if value.type.HasField("tensor_type"):
+    if value.type.HasField("tensor_type") and is_known(value.type.tensor_type.elem_type):
         kept.type.CopyFrom(value.type)
     return kept
 

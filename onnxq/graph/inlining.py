@@ -12,6 +12,7 @@ import onnx
 from onnx import inliner, shape_inference
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.check import TOOL_ERRORS
 from onnxq.graph.names import nested_nodes
 
 
@@ -32,7 +33,7 @@ def inline(proto: onnx.ModelProto) -> onnx.ModelProto:
             inlined = inliner.inline_local_functions(proto, convert_version=True)
         else:
             inlined = inliner.inline_local_functions(proto)
-    except (RuntimeError, ValueError, shape_inference.InferenceError) as error:
+    except TOOL_ERRORS as error:
         raise _refused(str(error)) from None
     if inlined.functions:
         names = ", ".join(f.name for f in inlined.functions[:3])

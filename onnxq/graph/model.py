@@ -96,10 +96,7 @@ class Model:
             raise OnnxqError(
                 f"{path}: the graph cannot be read: {error}", "does onnx.checker accept it?"
             ) from error
-        header = onnx.ModelProto()
-        header.CopyFrom(proto)
-        for name in ("node", "initializer", "sparse_initializer"):
-            header.graph.ClearField(name)
+        header = _without_content(proto)
         pairs = list(zip(graph.nodes, proto.graph.node, strict=True))
         model = cls(graph, path, header, initializers=found, _imported=tuple(graph.nodes))
         model.origins = {id(node): origin for node, origin in pairs}
@@ -193,6 +190,16 @@ class Model:
             for constant in self.constants()
             if isinstance(constant._values, StoredValues)
         }
+
+
+def _without_content(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model but for its nodes and initializers."""
+    header = onnx.ModelProto()
+    header.CopyFrom(proto)
+    for name in ("node", "initializer", "sparse_initializer"):
+        header.graph.ClearField(name)
+    # protobuf frees what was cleared only with the message it was in: keep another one.
+    return onnx.ModelProto.FromString(header.SerializeToString())
 
 
 def _input(tensor: gs.Variable) -> InputSpec:

@@ -27,15 +27,17 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
             yield from nested_nodes(body.node)
 
 
-def attribute_tensors(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """(attribute name, tensor) of the node itself, the parts of sparse ones included."""
+def attribute_tensors(
+    node: onnx.NodeProto,
+) -> Iterator[tuple[onnx.AttributeProto, onnx.TensorProto]]:
+    """(attribute, tensor) of the node itself, the parts of sparse ones included."""
     for attribute in node.attribute:
         found = [attribute.t] if attribute.HasField("t") else []
         found += attribute.tensors
         sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
         for parts in (*sparse, *attribute.sparse_tensors):
             found += (parts.values, parts.indices)
-        yield from ((attribute.name, tensor) for tensor in found)
+        yield from ((attribute, tensor) for tensor in found)
 
 
 def nested_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:

@@ -16,6 +16,7 @@ import onnx
 from onnx import version_converter
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.check import TOOL_ERRORS
 from onnxq.graph.names import bodies, taken
 from onnxq.graph.reading import is_external
 from onnxq.graph.wire import STRIP_THRESHOLD
@@ -25,6 +26,20 @@ _BODIES_UNCHANGED_SINCE = {"If": 1, "Loop": 1, "Scan": 9, "SequenceMap": 17}
 
 Types = MutableMapping[str, onnx.TypeProto]
 Constants = MutableMapping[str, onnx.TensorProto]
+
+
+def require_versions(proto: onnx.ModelProto, opset: int) -> None:
+    """Refuse a model that uses standard operators and does not say of which version.
+
+    Args:
+        opset: where to look operators up.
+    """
+    said = any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import)
+    if not said and any(_is_standard(n) and _schema(n, opset) for n in proto.graph.node):
+        raise OnnxqError(
+            "it does not say which version of ONNX's operators it uses (no opset_import)",
+            "export the model again",
+        )
 
 
 def convert(proto: onnx.ModelProto, inferred: onnx.ModelProto, old: int, new: int) -> int:
@@ -39,11 +54,6 @@ def convert(proto: onnx.ModelProto, inferred: onnx.ModelProto, old: int, new: in
     Raises:
         OnnxqError: a node that cannot be raised.
     """
-    if not old and any(_is_standard(n) and _schema(n, new) for n in proto.graph.node):
-        raise OnnxqError(
-            "the file does not say which version of ONNX's operators it uses (no opset_import)",
-            "export the model again",
-        )
     raising = _Raising(old, new, set(taken(proto.graph)))
     changed = raising.graph(proto.graph, inferred.graph, ChainMap(), ChainMap()) if old else 0
     standard = [entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
@@ -100,7 +110,7 @@ class _Raising:
     def _converted(self, small: onnx.ModelProto) -> onnx.GraphProto:
         try:
             return version_converter.convert_version(small, self.new).graph
-        except (RuntimeError, ValueError, IndexError, version_converter.ConvertError) as error:
+        except TOOL_ERRORS as error:
             if len(small.graph.node) == 1:
                 raise self._refused(small.graph.node[0], str(error)) from None
             for node in small.graph.node:  # which of them was it?
@@ -144,6 +154,8 @@ class _Raising:
                 continue
             changed += 1
             nodes += [self._adapted(node, new, own, renamed) for new in replacements]
+        if not changed:
+            return 0
         copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
         graph.ClearField("node")
         graph.node.extend(copies)
@@ -257,7 +269,10 @@ def _small_model(
     small = onnx.ModelProto(ir_version=_IR_VERSION)
     small.opset_import.add(version=opset)
     small.graph.name = "nodes"
-    small.graph.node.extend(nodes)
+    for node in nodes:
+        added = small.graph.node.add(name=node.name, op_type=node.op_type, input=node.input)
+        added.output.extend(node.output)
+        added.attribute.extend(node.attribute)
     made = {name: None for node in nodes for name in node.output if name}
     read = {name: None for node in nodes for name in node.input if name and name not in made}
     for name in read:

@@ -7,13 +7,14 @@ import onnx_graphsurgeon as gs
 from onnx import shape_inference
 
 from onnxq.errors import OnnxqError
-from onnxq.graph.check import check_proto, located
+from onnxq.graph.check import TOOL_ERRORS, check_proto, located
 from onnxq.graph.constants import hoist_constants
 from onnxq.graph.dtypes import graph_dtype, is_known
 from onnxq.graph.edit import is_sorted, sort_nodes
+from onnxq.graph.exporting import export
 from onnxq.graph.inlining import inline
 from onnxq.graph.model import Model
-from onnxq.graph.opset import convert
+from onnxq.graph.opset import convert, require_versions
 from onnxq.graph.reading import is_external
 from onnxq.graph.weights import StoredValues
 from onnxq.graph.wire import STRIP_THRESHOLD
@@ -48,7 +49,8 @@ def infer_types(model: Model) -> None:
 
     What stays unknown (custom operators and what follows them) keeps None.
     """
-    inferred = _inferred(model)
+    with located(model.path):
+        inferred = _inferred(model)
     known = {
         v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output) if v.type.ByteSize()
     }
@@ -84,6 +86,7 @@ def raise_opset(model: Model, opset: int) -> tuple[Model, list[Edit]]:
     """
     old, proto = model.opset, model.referring()
     with located(model.path):
+        require_versions(proto, opset)
         changed = convert(proto, _inferred(model), old, opset)
     what = f"{changed} nodes rewritten" if changed != 1 else "1 node rewritten"
     return _successor(model, proto), [Edit("load", "raise opset", f"{old} -> {opset}", what)]
@@ -114,7 +117,7 @@ def _modernise(model: Model) -> list[Edit]:
 
 def _inferred(model: Model) -> onnx.ModelProto:
     """The model with the types that ONNX shape inference finds, in bodies too."""
-    proto = model.export()
+    proto = export(model, bare=True)
     small = {
         c.name: c._values
         for c in model.constants()
@@ -128,9 +131,9 @@ def _inferred(model: Model) -> onnx.ModelProto:
         inferred = shape_inference.infer_shapes(proto, data_prop=False)
         if _add_ranks(inferred.graph):
             inferred = shape_inference.infer_shapes(inferred, data_prop=False)
-    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+    except TOOL_ERRORS as error:
         raise OnnxqError(
-            f"{model.path}: shape inference fails: {_first_line(error)}",
+            f"shape inference fails: {_first_line(error)}",
             "the model is inconsistent; export again",
         ) from None
     return inferred

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -20,6 +21,9 @@ NESTED_LIMIT = 1_900_000_000
 """Bytes of weights in bodies and functions, which are written inline: a file holds 2 GiB."""
 
 
+_REFERENCE_BYTES = 1 << 16  # more than a tensor without data takes
+
+
 def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
     """A checked model; large weights of its main graph are EXTERNAL, if only in `path` itself.
 
@@ -29,7 +33,7 @@ def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
     Raises:
         OnnxqError: no such file, no ONNX model, or one whose parts do not fit together.
     """
-    proto = parse(path)
+    proto = _parse(path)
     with located(path):
         if not proto.graph.node and not proto.graph.output:
             raise OnnxqError("it holds no graph", "is it an ONNX model?")
@@ -60,26 +64,54 @@ def can_hoist(node: onnx.NodeProto, outputs: set[str]) -> bool:
     )
 
 
-def parse(path: Path) -> onnx.ModelProto:
-    """As `read_proto`, unchecked."""
+def is_value(attribute: onnx.AttributeProto) -> bool:
+    """Whether this is the tensor that a Constant node gives."""
+    return attribute.name == "value" and attribute.type == onnx.AttributeProto.TENSOR
+
+
+def data_locations(path: Path) -> set[str]:
+    """Locations of the external data of a file's initializers; the file is not parsed as a whole.
+
+    Raises:
+        OnnxqError: no such file, or no ONNX model.
+    """
+    found = set()
+    with _mapped(path) as buffer:
+        for number, _, _, start, end in wire.fields(buffer, 0, len(buffer)):
+            if number != wire.MODEL_GRAPH:
+                continue
+            for inner, _, _, value, stop in wire.fields(buffer, start, end):
+                if inner == wire.GRAPH_INITIALIZER and stop - value < _REFERENCE_BYTES:
+                    tensor = onnx.TensorProto.FromString(bytes(buffer[value:stop]))
+                    found.add(location(tensor))
+    return found - {""}
+
+
+def _parse(path: Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
+    with _mapped(path) as buffer:
+        proto.ParseFromString(wire.strip(buffer, path.name))
+    return proto
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file that is read as a model."""
     try:
         _refuse_unreadable(path)
         with (
-            located(path),
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             memoryview(mapped) as buffer,
+            located(path),
         ):
-            skeleton = wire.strip(buffer, path.name)
-        proto.ParseFromString(skeleton)
+            yield buffer
     except DecodeError as error:
         raise OnnxqError(f"{path} is not an ONNX model: {error}", "export the file again") from None
     except OSError as error:
         raise OnnxqError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
     except UnicodeEncodeError:
         raise OnnxqError(f"the name of {str(path)!r} is not UTF-8", "rename the file") from None
-    return proto
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -117,8 +149,8 @@ def _inline_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     outputs = {value.name for value in proto.graph.output}
     for node in proto.graph.node:
         hoisted = can_hoist(node, outputs)
-        for name, tensor in attribute_tensors(node):
-            if not (hoisted and name == "value"):
+        for attribute, tensor in attribute_tensors(node):
+            if not (hoisted and is_value(attribute)):
                 yield tensor
     for sparse in proto.graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)

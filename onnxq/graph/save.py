@@ -14,7 +14,7 @@ from onnxq.errors import OnnxqError
 from onnxq.files import alone_in, reporting, temporary_beside
 from onnxq.graph import wire
 from onnxq.graph.model import Model
-from onnxq.graph.reading import location, parse
+from onnxq.graph.reading import data_locations
 from onnxq.graph.references import set_reference
 from onnxq.graph.weights import StoredValues, Values
 from onnxq.progress import Progress, silent
@@ -47,7 +47,8 @@ def save(
     constants = {c.name: c._values for c in model.constants()}
     values = {n: v for n, v in constants.items() if isinstance(v, Values) and v.streamed}
     sources = {v.extent.path for v in values.values() if isinstance(v, StoredValues)} | {model.path}
-    _refuse_source(path, sources)
+    with reporting(path):
+        _refuse_source(path, sources)
     total = proto.ByteSize() + sum(v.nbytes for v in values.values())
     if external is None:
         external = model.external
@@ -185,12 +186,9 @@ def _refuse_source(path: Path, sources: set[Path]) -> None:
 
 def _own_data(path: Path) -> list[Path]:
     """Data files that the model now at `path` refers to and that an earlier `save` named."""
-    if not path.is_file():
-        return []
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
     try:
-        proto = parse(path)
+        names = data_locations(path)
     except OnnxqError:
         return []
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
-    names = sorted({location(tensor) for tensor in proto.graph.initializer})
-    return [path.with_name(name) for name in names if pattern.fullmatch(name)]
+    return [path.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]

@@ -98,17 +98,18 @@ def _rewrite(buffer: memoryview, start: int, stop: int, replace: Replace) -> byt
 
     What is kept is copied in runs: a legacy file with a field for each float has millions.
     """
-    pieces: list[bytes | memoryview] = []
+    # Spans, not slices: an error on the way would leave those open, and the file could not close.
+    pieces: list[bytes | tuple[int, int]] = []
     kept_from = start
     for number, wire_type, tag, value, end in fields(buffer, start, stop):
         replaced = replace(number, buffer, value, end) if wire_type == BYTES else None
         if replaced is not None:
-            pieces += (buffer[kept_from:tag], header(number, len(replaced)), replaced)
+            pieces += ((kept_from, tag), header(number, len(replaced)), replaced)
             kept_from = end
     if not pieces:
         return None
-    pieces.append(buffer[kept_from:stop])
-    return b"".join(pieces)
+    pieces.append((kept_from, stop))
+    return b"".join(p if isinstance(p, bytes) else buffer[slice(*p)] for p in pieces)
 
 
 def _strip_tensor(buffer: memoryview, start: int, stop: int, location: str) -> bytes | None:
