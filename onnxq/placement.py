@@ -187,7 +187,7 @@ def _thin(site: Site, context: _Context) -> str:
         k, n = site.operand.shape
         if site.node.attrs.get("transB", 0):
             n, k = k, n
-        if n == 1 or min(k, n) < 16:
+        if min(k, n) < 16:
             return f"thin: {k} x {n}, no 8-bit kernel below 16"
         return ""
     group = int(site.node.attrs.get("group", 1))

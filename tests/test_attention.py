@@ -82,6 +82,10 @@ def test_what_is_no_attention() -> None:
         net.const("values", np.ones((9, 16)))
         nodes["/values"].input[1] = "values"
 
+    def weighted_scores(net: Net, nodes: dict[str, onnx.NodeProto]) -> None:
+        net.const("keys", np.ones((16, 9)))
+        nodes["/scores"].input[1] = "keys"
+
     def second_operand(net: Net, nodes: dict[str, onnx.NodeProto]) -> None:
         nodes["/values"].input[0], nodes["/values"].input[1] = nodes["/values"].input[::-1]
 
@@ -102,6 +106,7 @@ def test_what_is_no_attention() -> None:
     for change in (
         other_axis,
         weighted,
+        weighted_scores,
         second_operand,
         probabilities_out,
         scores_out,
@@ -156,7 +161,7 @@ def test_factors_that_cannot_move() -> None:
     net = attention_net(Spelling("after-mask", "add"))
     model = net.loaded(21)
     assert factors_behind(model, attentions(model)[0].scores) == []  # it scales the mask too
-    for constant in (np.ones((4, 1, 1)), -0.25, 0.0):
+    for constant in (np.ones((4, 1, 1)), -0.25, 0.0, np.full((1, 1, 1, 1, 1), 0.25)):
         net = attention_net(FIRST)
         net.initializers = [t for t in net.initializers if t.name != "c"]
         net.const("c", constant)

@@ -256,9 +256,15 @@ def test_angles_of_large_positions(product: str, base: str) -> None:
         assert snr(reference[0], found[0]) > FEW_ROUNDINGS
 
 
-def test_a_sine_as_activation_function_is_converted() -> None:
+@pytest.mark.parametrize("layer", ["Conv", "MatMul", "Gemm"])
+def test_a_sine_as_activation_function_is_converted(layer: str) -> None:
     net = Net()
-    x = net.op("Conv", net.input("x", ["n", 8, "s"]), net.weight("w", 8, 8, 3), name="/conv")
+    shape, weight = {
+        "Conv": (["n", 8, "s"], (8, 8, 3)),
+        "MatMul": (["n", "s", 8], (8, 8)),
+        "Gemm": (["n", 8], (8, 8)),
+    }[layer]
+    x = net.op(layer, net.input("x", shape), net.weight("w", *weight), name="/layer")
     wave = net.op("Sin", net.op("Mul", x, net.const("a", 2.0), name="/alpha"), name="/sin")
     net.output(net.op("Add", x, wave, name="/snake"))
     proto, kept, _ = converted(net)

@@ -32,6 +32,7 @@ from onnxq.errors import OnnxqError
 from onnxq.graph.model import Model
 from onnxq.graph.precision import BASES, apply_precision, plan_precision
 from onnxq.graph.prepare import prepare
+from onnxq.graph.query import constant_operand
 from onnxq.graph.save import save
 from onnxq.transform import apply_placement, settle
 
@@ -481,6 +482,21 @@ def test_weights_behind_layout_nodes_and_casts(through: tuple[str, ...]) -> None
     )
 
 
+def test_a_convolutions_weight_behind_two_transposes() -> None:
+    """Channels last in the file, turned twice: (2, 0, 1, 3), then (0, 3, 1, 2)."""
+    net = Net()
+    w = np.random.default_rng(0).standard_normal((24, 20, 3, 2)).astype(np.float32)
+    stored = np.transpose(np.transpose(w, (0, 2, 3, 1)), (1, 2, 0, 3))
+    once = net.op("Transpose", net.const("w", stored), perm=[2, 0, 1, 3])
+    twice = net.op("Transpose", once, perm=[0, 3, 1, 2])
+    net.output(net.op("Conv", net.input("x", ["n", 20, "h", "w"]), twice, name="/conv"))
+    proto = quantized(net, "int8", peaks=PEAK)
+    scale = (np.abs(w).max((1, 2, 3)) / 127).astype(np.float32)
+    np.testing.assert_array_equal(
+        initializer(proto, "w_int8"), quantize_linear(w, scale, "int8", axis=0)
+    )
+
+
 # --- from FP32 to 16 bits and 8 -------------------------------------------------------------------
 
 
@@ -517,6 +533,17 @@ def test_codes_come_from_the_fp32_weights(preset: str, base: str) -> None:
     found = evaluate(proto, {"x": x})[0]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[1], bias, rtol=unit)
+
+
+def test_a_converted_weight_still_knows_its_fp32_values() -> None:
+    net, w, _ = linear_net("matmul", FP32)
+    w = onnx.numpy_helper.to_array(net.initializers[0])
+    net.initializers[0].raw_data = (w * 1.0001).astype(np.float32).tobytes()
+    model = net.loaded(21)
+    apply_precision(model, plan_precision(model, BASES["fp16"]))
+    operand = constant_operand(next(n for n in model.graph.nodes if n.op == "MatMul"), 1)
+    assert operand is not None and operand.constant.name == "w_fp16"
+    np.testing.assert_array_equal(operand.load(), (w * 1.0001).astype(np.float32))
 
 
 def test_layers_that_stay_fp32_have_fp32_scales() -> None:
