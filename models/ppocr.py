@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,20 +114,27 @@ def edits(read: str, truth: str) -> int:
     return row[-1]
 
 
-def character_error_rate(model: Path, folder: Path = FOLDER) -> float:
-    """Edits over characters, on the held-out lines in `folder`, through onnxruntime, one thread."""
+def character_error_rate(run: Callable[[Images], Images], folder: Path = FOLDER) -> float:
+    """Edits over characters, on the held-out lines in `folder`.
+
+    `run` maps one image [1, 3, 48, 480] to probabilities [1, steps, characters].
+    """
+    characters = (folder / "characters.txt").read_text("utf-8").split("\n")
+    truth = (folder / "heldout.txt").read_text("utf-8").split("\n")
+    wrong = 0
+    for image, line in zip(np.load(folder / "heldout.npz")["x"], truth, strict=True):
+        wrong += edits(decode(run(image[None])[0], characters).strip(), line)
+    return wrong / sum(map(len, truth))
+
+
+def character_error_rate_of(model: Path, folder: Path = FOLDER) -> float:
+    """`character_error_rate` of an ONNX model through onnxruntime, one thread."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    characters = (folder / "characters.txt").read_text("utf-8").split("\n")
-    truth = (folder / "heldout.txt").read_text("utf-8").split("\n")
-    wrong = 0
-    for image, line in zip(np.load(folder / "heldout.npz")["x"], truth, strict=True):
-        (probabilities,) = session.run(None, {"x": image[None]})
-        wrong += edits(decode(probabilities[0], characters).strip(), line)
-    return wrong / sum(map(len, truth))
+    return character_error_rate(lambda image: session.run(None, {"x": image})[0], folder)
 
 
 def build(folder: Path = FOLDER) -> None:
@@ -158,7 +166,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.verb == "cer":
-        rate = character_error_rate(options.model, options.out)
+        rate = character_error_rate_of(options.model, options.out)
         print(f"character error rate {rate:.2%} on {HELDOUT} lines")
         return
     targets = [options.out / name for name in ("model.onnx", "calib.npz", "heldout.npz")]

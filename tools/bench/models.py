@@ -64,8 +64,10 @@ def wordsim(model: Path) -> float:
 def character_errors(model: Path) -> float:
     """Character error rate on the rendered lines, in percent."""
     from models.ppocr import character_error_rate
+    from onnxq.calibrate.session import open_session
 
-    return 100 * character_error_rate(model, OUT / "ppocr_rec")
+    session = open_session(model)
+    return 100 * character_error_rate(lambda image: session.run(None, {"x": image})[0])
 
 
 _STATIC_AND_DYNAMIC = ("fp8", "int8", "fp8-dynamic", "int8-dynamic")
