@@ -12,6 +12,7 @@ from core_attention import SPELLINGS, Spelling, attention_net
 from core_graphs import Net, initializer, placed, quantized, reasons, run, snr
 from core_oracle import dequantize_linear, quantize_linear
 
+import onnxq
 from onnxq.formats import FORMATS
 from onnxq.graph.attention import attentions, factors_behind
 from onnxq.graph.edit import Editor
@@ -319,3 +320,25 @@ def test_all_or_none_where_one_range_fits_no_scale() -> None:
     names = [n.name for n in model.graph.node if n.op_type == "QuantizeLinear"]
     assert names == ["x_QuantizeLinear"]
     assert any(n.name == "/scale" for n in model.graph.node), "its factor stays where it was"
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@each_spelling
+def test_the_compiler_fuses_every_spelling_in_fp8(how: Spelling, tmp_path: Path) -> None:
+    """From FP32 (or FP16) through base precision and Q/DQ into one kernel, sequence 32 to 256."""
+    pytest.importorskip("tensorrt_rtx")
+    net = attention_net(how, head=64)
+    source = net.save(tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", **feeds(net, 32))
+    done = onnxq.quantize(
+        source, tmp_path / "q.onnx", recipe="fp8-attention", calib=tmp_path / "calib.npz"
+    )
+    shapes = ["x:1x32x64,2x128x64,2x256x64"]
+    if how.mask != "none":
+        shapes.append("mask:1x1x32x32,2x1x128x128,2x1x256x256")
+    built = onnxq.build(done.files[0], tmp_path / "m.plan", shapes=shapes)
+    became = "fused fp16" if how.cleared else "fused fp8"
+    assert built.report.facts["products"]["attention"] == {became: 1}
+    assert built.coverage is not None and built.coverage.complete

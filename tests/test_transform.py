@@ -651,3 +651,17 @@ def stripped(proto: onnx.ModelProto) -> onnx.ModelProto:
     copied.graph.ClearField("node")
     copied.graph.node.extend(kept)
     return copied
+
+
+@pytest.mark.parametrize("preset", ["int8", "fp8-dynamic"])
+def test_a_gemm_with_alpha_compiles_into_one_scaled_product(preset: str, tmp_path: Path) -> None:
+    """Left in the Gemm, the factor would make the compiler store raw sums of codes in FP16."""
+    pytest.importorskip("tensorrt_rtx")
+    net, _, _ = linear_net("gemm-alpha", FP32)
+    np.savez(tmp_path / "calib.npz", x=activations(8, 48))
+    calib = None if "dynamic" in preset else tmp_path / "calib.npz"
+    source = net.save(tmp_path / "m.onnx")
+    done = onnxq.quantize(source, tmp_path / "q.onnx", recipe=preset, calib=calib)
+    built = onnxq.build(done.files[0], tmp_path / "m.plan", shapes=["x:1x48,8x48,64x48"])
+    assert built.coverage is not None and built.coverage.complete
+    assert built.report.facts["products"]["gemm"] == {preset[:4].rstrip("-"): 1}

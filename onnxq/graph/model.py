@@ -199,7 +199,9 @@ def _without_content(proto: onnx.ModelProto) -> onnx.ModelProto:
     for name in ("node", "initializer", "sparse_initializer"):
         header.graph.ClearField(name)
     # protobuf frees what was cleared only with the message it was in: keep another one.
-    return onnx.ModelProto.FromString(header.SerializeToString())
+    kept = onnx.ModelProto()
+    kept.ParseFromString(header.SerializeToString())
+    return kept
 
 
 def _input(tensor: gs.Variable) -> InputSpec:

@@ -129,7 +129,7 @@ def test_an_inspectors_text_without_layers_is_an_error(text: str, message: str) 
 
 
 def test_a_layer_outside_a_compiled_group() -> None:
-    """As the compiler prints it for torch's legacy exports: no constants, no strides, parameters."""
+    """As the compiler prints it for torch's legacy exports: parameters, but no constants."""
     line = (
         "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: "
         "[ { Name: /Gather_3_output_0, Location: Device, Dimensions: [1], Datatype: Int64, "
