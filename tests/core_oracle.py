@@ -42,4 +42,4 @@ def _run(node: onnx.NodeProto, feeds: Mapping[str, Array], *constants: onnx.Tens
     untyped = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
     graph = h.make_graph([node], "g", untyped[:-1], untyped[-1:], list(constants))
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 21)])
-    return np.asarray(ReferenceEvaluator(model).run(None, dict(feeds))[0])
+    return evaluate(model, feeds)[0]
