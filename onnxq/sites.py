@@ -14,6 +14,7 @@ from onnxq.graph.query import (
     constant_operand,
     inner_nodes,
     label,
+    live_nodes,
     module_path,
     type_word,
 )
@@ -58,10 +59,10 @@ class Site:
 def find_sites(model: Model) -> list[Site]:
     """Every node that multiplies matrices or convolves in 16 or 32 bits, in graph order."""
     patterns = {id(a.scores): a for a in attentions(model)}
-    second = {id(a.values) for a in patterns.values()}
+    live = live_nodes(model) - {id(a.values) for a in patterns.values()}
     sites = []
     for node in model.graph.nodes:
-        if node.op not in _MULTIPLYING or node.domain or id(node) in second:
+        if node.op not in _MULTIPLYING or node.domain or id(node) not in live:
             continue
         if not all(type_word(t) in ("fp32", "fp16", "bf16") for t in node.inputs[:2]):
             continue
@@ -91,17 +92,20 @@ _CUSTOM = ("MatMul", "Gemm", "Conv", "Attention", "Linear")
 def bystanders(model: Model, sites: Sequence[Site]) -> Iterator[tuple[Site, str]]:
     """What multiplies but is no site, and why: other operators and types, bodies of subgraphs."""
     known = {id(node) for site in sites for node in site.nodes}
+    live = live_nodes(model)
     for node in model.graph.nodes:
-        reason = "" if id(node) in known else _bystander(node)
+        reason = "" if id(node) in known else _bystander(node, id(node) in live)
         if reason:
             yield Site(node, "other", None, module_path(model, node)), reason
         for inner in inner_nodes(node):
-            if inner.op in _MULTIPLYING or _bystander(inner):
+            if inner.op in _MULTIPLYING or _bystander(inner, True):
                 where = f"inside a subgraph of {node.op} {label(node)!r}, which stays as it is"
                 yield Site(inner, "other"), where
 
 
-def _bystander(node: gs.Node) -> str:
+def _bystander(node: gs.Node, live: bool) -> str:
+    if not live:
+        return "no output depends on it: it is dropped" if node.op in _MULTIPLYING else ""
     if node.domain:
         custom = any(word in node.op for word in _CUSTOM)
         return f"custom operator {node.domain}::{node.op}" if custom else ""

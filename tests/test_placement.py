@@ -259,6 +259,16 @@ def test_subgraphs_stay_as_they_are_and_are_mentioned() -> None:
         placed(subgraph_net(), "fp8", "quantize node=/if/deep")
 
 
+def test_what_no_output_depends_on_is_no_site() -> None:
+    graph = linear(32, 32)
+    dead = graph.op("MatMul", "x", graph.weight("dead", 32, 32), name="/dead")
+    graph.op("Relu", dead, name="/end")
+    found = reasons(placed(graph))
+    assert found == {"/fc": "", "/dead": "no output depends on it: it is dropped"}
+    net = subgraph_net()
+    assert reasons(placed(net))["/outer"] == "", "what only a subgraph reads is alive"
+
+
 def test_masks_and_shape_arithmetic_are_no_sites() -> None:
     graph = Net()
     x = graph.input("x", ["b", "s", 32])

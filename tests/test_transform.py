@@ -546,6 +546,15 @@ def test_a_converted_weight_still_knows_its_fp32_values() -> None:
     np.testing.assert_array_equal(operand.load(), (w * 1.0001).astype(np.float32))
 
 
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_nodes_that_lead_nowhere_are_dropped(base: str) -> None:
+    net, _, _ = linear_net("matmul", FP32)
+    net.op("MatMul", "x", net.weight("dead", 48, 32), name="/dead")
+    proto = through_precision(net, "int8-dynamic", base)
+    assert operators(proto, ["MatMul"]) == ["MatMul"]
+    assert not any(t.name.startswith("dead") for t in proto.graph.initializer)
+
+
 def test_layers_that_stay_fp32_have_fp32_scales() -> None:
     net = Net()
     x = net.op("MatMul", net.input("x", ["m", 32]), net.weight("w", 32, 32), name="/narrow")

@@ -181,6 +181,23 @@ def inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
                 yield from inner_nodes(inner)
 
 
+def live_nodes(model: Model) -> set[int]:
+    """Ids of the nodes that lead to an output; of the others nothing will be written."""
+    stack = [producer(t) for t in model.graph.outputs]
+    stack += [n for n in model.graph.nodes if not n.outputs]
+    found: set[int] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or id(node) in found:
+            continue
+        found.add(id(node))
+        stack.extend(producer(t) for t in node.inputs)
+        for body in (a for a in node.attrs.values() if isinstance(a, gs.Graph)):
+            stack.extend(producer(t) for t in body.outputs)
+        stack.extend(producer(t) for inner in inner_nodes(node) for t in inner.inputs)
+    return found
+
+
 def known_shapes(model: Model, tensors: Iterable[gs.Tensor]) -> dict[str, Sequence[Any] | None]:
     """Shapes by name; shape arithmetic is followed where a last dimension is no number."""
     shapes = {t.name: t.shape for t in tensors}
