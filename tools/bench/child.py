@@ -1,4 +1,7 @@
-"""Run a command as a child process and account for it."""
+"""Run `onnxq` as a child process and account for it.
+
+The peak is the child's own VmHWM: what wait4 gives counts the parent's memory at the fork too.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,40 @@ class Usage:
     peak: int
 
 
-def run(*arguments: str, environment: dict[str, str] | None = None) -> Usage:
-    """Run `python ARGUMENTS` to its end.
+def onnxq(*arguments: str | Path) -> Usage:
+    """Run `onnxq ARGUMENTS` to its end.
 
     Raises:
         RuntimeError: it failed; the message is what it said last.
     """
+    words = [sys.executable, "-m", "tools.bench.child", *map(str, arguments)]
     with tempfile.TemporaryFile() as said:
         started = time.monotonic()
-        child = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-        )
+        child = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.monotonic() - started
         child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(arguments)}: {said.read().decode()[-2000:]}")
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        said.seek(0)
+        text = said.read().decode()
+    if child.returncode != 0:
+        raise RuntimeError(f"onnxq {' '.join(words[3:])}: {text[-2000:]}")
+    return Usage(wall, usage.ru_utime + usage.ru_stime, int(text.split()[-1]))
 
 
-def onnxq(*arguments: str | Path) -> Usage:
-    """Run `onnxq ARGUMENTS`."""
-    return run("-m", "onnxq.cli", "-q", *map(str, arguments))
+def peak() -> int:
+    """Bytes of this process's largest resident set so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _main() -> None:
+    from onnxq.cli import main
+
+    try:
+        main(["-q", *sys.argv[1:]], standalone_mode=False)
+    finally:
+        print(peak())
+
+
+if __name__ == "__main__":
+    _main()

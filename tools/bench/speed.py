@@ -12,6 +12,7 @@ import sys
 from statistics import median
 from typing import Any
 
+from tools.bench.child import peak
 from tools.bench.models import CASES
 
 _ROUNDS = 3
@@ -45,7 +46,6 @@ def _child(name: str, what: str) -> dict[str, float]:
 
 
 def _measure(name: str, what: str) -> dict[str, float]:
-    import resource
     import time
 
     from onnxq.calibrate.run import calibrate
@@ -85,8 +85,7 @@ def _measure(name: str, what: str) -> dict[str, float]:
         calibrate(model.session_model, watched, samples, progress=mark)
         # The first mark ends the first sample: its share is added back.
         seconds = (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak": float(peak)}
+    return {"seconds": seconds, "peak": float(peak())}
 
 
 if __name__ == "__main__":
