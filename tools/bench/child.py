@@ -52,10 +52,9 @@ def peak() -> int:
 def _main() -> None:
     from onnxq.cli import main
 
-    try:
-        main(["-q", *sys.argv[1:]], standalone_mode=False)
-    finally:
-        print(peak())
+    code = main(["-q", *sys.argv[1:]], standalone_mode=False)
+    print(peak())
+    sys.exit(code)
 
 
 if __name__ == "__main__":
