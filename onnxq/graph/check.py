@@ -48,6 +48,12 @@ _FIELDS = {
 }
 
 
+def tool_reason(error: Exception) -> str:
+    """What a tool of onnx says is wrong, on one line and without its source's place."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rpartition("` failed: ")[2]
+
+
 @contextmanager
 def located(path: Path) -> Iterator[None]:
     """Put the model's path before the message of an OnnxqError."""

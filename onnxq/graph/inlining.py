@@ -12,7 +12,7 @@ import onnx
 from onnx import inliner, shape_inference
 
 from onnxq.errors import OnnxqError
-from onnxq.graph.check import TOOL_ERRORS
+from onnxq.graph.check import TOOL_ERRORS, tool_reason
 from onnxq.graph.names import nested_nodes
 
 
@@ -34,7 +34,7 @@ def inline(proto: onnx.ModelProto) -> onnx.ModelProto:
         else:
             inlined = inliner.inline_local_functions(proto)
     except TOOL_ERRORS as error:
-        raise _refused(str(error)) from None
+        raise _refused(tool_reason(error)) from None
     if inlined.functions:
         names = ", ".join(f.name for f in inlined.functions[:3])
         raise _refused(f"{names} is left: it uses another opset than the model")
@@ -42,9 +42,8 @@ def inline(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _refused(why: str) -> OnnxqError:
-    lines = why.strip().splitlines() or [""]
     return OnnxqError(
-        f"its functions cannot be inlined: {lines[0]}", "export the model without functions"
+        f"its functions cannot be inlined: {why}", "export the model without functions"
     )
 
 

@@ -48,6 +48,7 @@ class Model:
         initializers: name -> constant, those of the file in its order.
         unread: names of initializers that nothing read in the file; the first edit drops them.
         external: whether the file kept its weights in external data.
+        sources: the files it is read from.
         fingerprint: identifies graph and weights, whatever file they lie in.
         edits: what loading changed.
         values: names of the file's inputs, initializers and node outputs.
@@ -64,6 +65,7 @@ class Model:
     initializers: dict[str, gs.Constant] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
     external: bool = False
+    sources: frozenset[Path] = frozenset()
     fingerprint: str = ""
     edits: list[Edit] = field(default_factory=list)
     values: frozenset[str] = frozenset()
@@ -79,9 +81,9 @@ class Model:
             OnnxqError: no such file, not an ONNX model, or external data that does not fit.
         """
         path = Path(path)
-        proto, external = read_proto(path)
+        proto, data = read_proto(path)
         model = cls.from_proto(proto, path)
-        model.external = external
+        model.external, model.sources = bool(data), data | {path}
         model.fingerprint = fingerprint(model)
         return model
 

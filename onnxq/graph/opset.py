@@ -9,23 +9,18 @@ graph: the main one and each body. What it rewrote is put in place of the node.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
 from onnx import version_converter
 
 from onnxq.errors import OnnxqError
-from onnxq.graph.check import TOOL_ERRORS
+from onnxq.graph.check import TOOL_ERRORS, tool_reason
+from onnxq.graph.excerpt import IR_VERSION, excerpt, is_standard, only, small_constants, types_of
 from onnxq.graph.names import bodies, taken
-from onnxq.graph.reading import is_external
-from onnxq.graph.wire import STRIP_THRESHOLD
 
-_IR_VERSION = 8  # of the small models; the converter refuses old ones
 _BODIES_UNCHANGED_SINCE = {"If": 1, "Loop": 1, "Scan": 9, "SequenceMap": 17}
-
-Types = MutableMapping[str, onnx.TypeProto]
-Constants = MutableMapping[str, onnx.TensorProto]
 
 
 def require_versions(proto: onnx.ModelProto, opset: int) -> None:
@@ -35,7 +30,7 @@ def require_versions(proto: onnx.ModelProto, opset: int) -> None:
         opset: where to look operators up.
     """
     said = any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import)
-    if not said and any(_is_standard(n) and _schema(n, opset) for n in proto.graph.node):
+    if not said and any(is_standard(n) and _schema(n, opset) for n in proto.graph.node):
         raise OnnxqError(
             "it does not say which version of ONNX's operators it uses (no opset_import)",
             "export the model again",
@@ -77,21 +72,21 @@ class _Raising:
         outer_types: ChainMap[str, onnx.TypeProto],
         outer_constants: ChainMap[str, onnx.TensorProto],
     ) -> int:
-        types = outer_types.new_child(_types(inferred))
-        constants = outer_constants.new_child(_constants(graph))
+        types = outer_types.new_child(types_of(inferred))
+        constants = outer_constants.new_child(small_constants(graph))
         changed = 0
         for node, typed in zip(graph.node, inferred.node, strict=True):
             for body, typed_body in zip(bodies(node), bodies(typed), strict=True):
                 changed += self.graph(body, typed_body, types, constants)
-        affected = [i for i, node in enumerate(graph.node) if self._changes(node)]
+        affected = [i for i, node in enumerate(graph.node) if self._changes(node, types)]
         if affected:
-            small = _small_model([graph.node[i] for i in affected], types, constants, self.old)
+            small = excerpt([graph.node[i] for i in affected], types, constants, self.old)
             changed += self._put_in(graph, affected, self._converted(small))
         return changed
 
-    def _changes(self, node: onnx.NodeProto) -> bool:
+    def _changes(self, node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto]) -> bool:
         """Whether the converter must see the node."""
-        if not _is_standard(node) or node.op_type == "Constant":
+        if not is_standard(node) or node.op_type == "Constant":
             return False
         before, after = _schema(node, self.old), _schema(node, self.new)
         if before is None or (after and after.since_version == before.since_version):
@@ -101,33 +96,36 @@ class _Raising:
             if before.since_version < since:
                 raise self._refused(node, f"its body's form changed in opset {since}")
             return False
+        self._check(node, before)
+        if node.op_type == "Hardmax" and before.since_version < 13 and not _is_last(node, types):
+            raise self._refused(node, "before opset 13 it was one over all axes from `axis` on")
+        return True
+
+    def _check(self, node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> None:
+        """Refuse a node that does not fit its operator: the converter's C++ takes it on trust."""
+        if not schema.min_input <= len(node.input) <= schema.max_input:
+            raise self._refused(node, f"it has {len(node.input)} inputs")
+        if not node.output or len(node.output) > schema.max_output:
+            raise self._refused(node, f"it has {len(node.output)} outputs")
         try:
             onnx.checker.check_node(node, _context(self.old))
         except onnx.checker.ValidationError as error:
-            raise self._refused(node, str(error)) from None
-        return True
+            raise self._refused(node, tool_reason(error)) from None
 
     def _converted(self, small: onnx.ModelProto) -> onnx.GraphProto:
         try:
             return version_converter.convert_version(small, self.new).graph
         except TOOL_ERRORS as error:
             if len(small.graph.node) == 1:
-                raise self._refused(small.graph.node[0], str(error)) from None
+                raise self._refused(small.graph.node[0], tool_reason(error)) from None
             for node in small.graph.node:  # which of them was it?
-                alone = onnx.ModelProto()
-                alone.CopyFrom(small)
-                alone.graph.ClearField("node")
-                alone.graph.node.add().CopyFrom(node)
-                made = {name for n in small.graph.node for name in n.output}
-                _add_inputs(alone.graph, [n for n in node.input if n in made], small.graph.output)
-                self._converted(alone)
-            raise self._refused(small.graph.node[0], str(error)) from None
+                self._converted(only(small, node))
+            raise self._refused(small.graph.node[0], tool_reason(error)) from None
 
     def _refused(self, node: onnx.NodeProto, why: str) -> OnnxqError:
-        lines = why.strip().splitlines() or [""]
         return OnnxqError(
             f"opset {self.old} cannot be raised to {self.new} for node "
-            f"{node.name or node.output[0]!r} ({node.op_type}): {lines[0]}",
+            f"{node.name or node.output[0]!r} ({node.op_type}): {why}",
             f"export the model at opset {self.new} or later",
         )
 
@@ -185,6 +183,8 @@ class _Raising:
         out.input.extend(renamed.get(name, name) for name in new.input)
         out.output.extend(renamed.get(name, name) for name in new.output)
         out.attribute.extend(_kept(a, attributes.get(a.name)) for a in new.attribute)
+        if new.op_type == "Resize" and self.old < 11:
+            _sample_as_before_11(out)
         return out
 
     def _unique(self, name: str) -> str:
@@ -219,8 +219,22 @@ class _Rewritten:
         return [self.nodes[i] for i in sorted(found)]
 
 
-def _is_standard(node: onnx.NodeProto) -> bool:
-    return node.domain in ("", "ai.onnx")
+def _is_last(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto]) -> bool:
+    """Whether the node's axis (1 where it says none) is known to be the last."""
+    found = types.get(node.input[0])
+    if found is None or not found.tensor_type.HasField("shape"):
+        return False
+    rank = len(found.tensor_type.shape.dim)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    return axis in (-1, rank - 1)
+
+
+def _sample_as_before_11(resize: onnx.NodeProto) -> None:
+    """Say what Upsample and the first Resize did; the converter leaves them to other defaults."""
+    modes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    for name, value in modes.items():
+        if all(a.name != name for a in resize.attribute):
+            resize.attribute.append(onnx.helper.make_attribute(name, value))
 
 
 def _schema(node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
@@ -232,64 +246,8 @@ def _schema(node: onnx.NodeProto, opset: int) -> onnx.defs.OpSchema | None:
 
 def _context(opset: int) -> onnx.checker.C.CheckerContext:
     context = onnx.checker.C.CheckerContext()
-    context.ir_version, context.opset_imports = _IR_VERSION, {"": opset}
+    context.ir_version, context.opset_imports = IR_VERSION, {"": opset}
     return context
-
-
-def _types(graph: onnx.GraphProto) -> Types:
-    """Types of the graph's tensors."""
-    values = (*graph.value_info, *graph.input, *graph.output)
-    types = {v.name: v.type for v in values if v.type.HasField("tensor_type")}
-    for tensor in graph.initializer:
-        info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        types[tensor.name] = info.type
-    return types
-
-
-def _constants(graph: onnx.GraphProto) -> Constants:
-    """Constants an adapter may want to read: small and inline, in whatever form."""
-    tensors = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and _is_standard(node) and len(node.output) == 1:
-            tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not is_external(tensor) and tensor.ByteSize() <= 2 * STRIP_THRESHOLD
-    }
-
-
-def _small_model(
-    nodes: list[onnx.NodeProto],
-    types: Mapping[str, onnx.TypeProto],
-    constants: Mapping[str, onnx.TensorProto],
-    opset: int,
-) -> onnx.ModelProto:
-    """Just these nodes; what they read from elsewhere are inputs and initializers."""
-    small = onnx.ModelProto(ir_version=_IR_VERSION)
-    small.opset_import.add(version=opset)
-    small.graph.name = "nodes"
-    for node in nodes:
-        added = small.graph.node.add(name=node.name, op_type=node.op_type, input=node.input)
-        added.output.extend(node.output)
-        added.attribute.extend(node.attribute)
-    made = {name: None for node in nodes for name in node.output if name}
-    read = {name: None for node in nodes for name in node.input if name and name not in made}
-    for name in read:
-        if name in constants:
-            small.graph.initializer.add().CopyFrom(constants[name])
-            small.graph.initializer[-1].name = name
-    known = {n: onnx.ValueInfoProto(name=n, type=types.get(n)) for n in (*read, *made)}
-    _add_inputs(small.graph, [n for n in read if n not in constants], known.values())
-    small.graph.output.extend(known[name] for name in made)
-    return small
-
-
-def _add_inputs(
-    graph: onnx.GraphProto, names: list[str], known: Iterable[onnx.ValueInfoProto]
-) -> None:
-    values = {v.name: v for v in known}
-    graph.input.extend(values[name] for name in dict.fromkeys(names))
 
 
 def _is_same(old: onnx.NodeProto, new: onnx.NodeProto) -> bool:

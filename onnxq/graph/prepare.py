@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from onnx import shape_inference
 
 from onnxq.errors import OnnxqError
-from onnxq.graph.check import TOOL_ERRORS, check_proto, located
+from onnxq.graph.check import TOOL_ERRORS, check_proto, located, tool_reason
 from onnxq.graph.constants import hoist_constants
 from onnxq.graph.dtypes import graph_dtype, is_known
 from onnxq.graph.edit import is_sorted, sort_nodes
@@ -15,9 +15,6 @@ from onnxq.graph.exporting import export
 from onnxq.graph.inlining import inline
 from onnxq.graph.model import Model
 from onnxq.graph.opset import convert, require_versions
-from onnxq.graph.reading import is_external
-from onnxq.graph.weights import StoredValues
-from onnxq.graph.wire import STRIP_THRESHOLD
 from onnxq.report import Edit
 
 
@@ -118,22 +115,13 @@ def _modernise(model: Model) -> list[Edit]:
 def _inferred(model: Model) -> onnx.ModelProto:
     """The model with the types that ONNX shape inference finds, in bodies too."""
     proto = export(model, bare=True)
-    small = {
-        c.name: c._values
-        for c in model.constants()
-        if isinstance(c._values, StoredValues) and c._values.nbytes <= STRIP_THRESHOLD
-    }
-    for tensor in filter(is_external, proto.graph.initializer):
-        if tensor.name in small:  # shapes and axes: inference reads them
-            tensor.raw_data = small[tensor.name].extent.read().tobytes()
-            tensor.ClearField("data_location")
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=False)
         if _add_ranks(inferred.graph):
             inferred = shape_inference.infer_shapes(inferred, data_prop=False)
     except TOOL_ERRORS as error:
         raise OnnxqError(
-            f"shape inference fails: {_first_line(error)}",
+            f"shape inference fails: {tool_reason(error)}",
             "the model is inconsistent; export again",
         ) from None
     return inferred
@@ -164,10 +152,6 @@ def _successor(model: Model, proto: onnx.ModelProto) -> Model:
     with located(model.path):
         check_proto(proto)  # what onnx's tools make of an odd model is not always whole
     new = Model.from_proto(proto, model.path)
-    new.external, new.fingerprint = model.external, model.fingerprint
+    new.external, new.sources = model.external, model.sources
+    new.fingerprint = model.fingerprint
     return new
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

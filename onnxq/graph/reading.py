@@ -24,11 +24,11 @@ NESTED_LIMIT = 1_900_000_000
 _REFERENCE_BYTES = 1 << 16  # more than a tensor without data takes
 
 
-def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
+def read_proto(path: Path) -> tuple[onnx.ModelProto, frozenset[Path]]:
     """A checked model; large weights of its main graph are EXTERNAL, if only in `path` itself.
 
     Returns:
-        The model, and whether the file keeps weights in other files.
+        The model, and the other files that hold weights of it.
 
     Raises:
         OnnxqError: no such file, no ONNX model, or one whose parts do not fit together.
@@ -38,9 +38,9 @@ def read_proto(path: Path) -> tuple[onnx.ModelProto, bool]:
         if not proto.graph.node and not proto.graph.output:
             raise OnnxqError("it holds no graph", "is it an ONNX model?")
         check_proto(proto)
-        external = any(is_external(t) and location(t) != path.name for t in proto.graph.initializer)
+        data = {path.parent / location(t) for t in _all_tensors(proto) if is_external(t)}
         _inline(proto, path.parent)
-    return proto, external
+    return proto, frozenset(data - {path})
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
@@ -126,13 +126,19 @@ def _refuse_unreadable(path: Path) -> None:
 
 
 def _inline(proto: onnx.ModelProto, folder: Path) -> None:
-    """Read the tensors that are written inline whatever the form of the file.
+    """Read the tensors that are inline in whatever is written.
 
     Those are the tensors of bodies and functions and of attributes other than a Constant's that
-    becomes an initializer: ONNX Runtime takes no external data there.
+    becomes an initializer: ONNX Runtime takes no external data there. And the small ones: neither
+    ONNX Runtime, given bytes, nor onnx infers shapes from a constant that lies elsewhere.
     """
     tensors = [t for t in _inline_tensors(proto) if is_external(t)]
     found = [stored(t, folder) for t in tensors]
+    for tensor in filter(is_external, proto.graph.initializer):
+        values = stored(tensor, folder)
+        if values.nbytes < wire.STRIP_THRESHOLD:
+            tensors.append(tensor)
+            found.append(values)
     total = sum(v.nbytes for v in found)
     if total > NESTED_LIMIT:
         raise OnnxqError(
@@ -143,6 +149,12 @@ def _inline(proto: onnx.ModelProto, folder: Path) -> None:
         tensor.raw_data = values.extent.read().tobytes()
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
+
+
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from proto.graph.initializer
+    yield from tensors_of(proto.graph.node)
+    yield from _inline_tensors(proto)
 
 
 def _inline_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -24,7 +24,7 @@ class Reference:
 def refer(proto: onnx.ModelProto, references: Mapping[str, Reference]) -> None:
     """Point the EXTERNAL initializers at their files, relative to the model's folder."""
     for tensor in filter(is_external, proto.graph.initializer):
-        reference = references[tensor.name]
+        reference = _find(tensor, references)
         point(tensor, reference.extent, reference.extent.path.relative_to(reference.folder))
 
 
@@ -36,14 +36,22 @@ def refer_resolved(
     Returns:
         What the locations are relative to: the folder that holds all files; `folder` for none.
     """
-    tensors = list(filter(is_external, proto.graph.initializer))
-    paths = {path: path.resolve() for path in {references[t.name].extent.path for t in tensors}}
+    extents = [
+        (tensor, _find(tensor, references).extent)
+        for tensor in filter(is_external, proto.graph.initializer)
+    ]
+    paths = {path: path.resolve() for path in {extent.path for _, extent in extents}}
     if paths:
         folder = Path(os.path.commonpath([path.parent for path in paths.values()]))
-    for tensor in tensors:
-        extent = references[tensor.name].extent
+    for tensor, extent in extents:
         point(tensor, extent, paths[extent.path].relative_to(folder))
     return folder
+
+
+def _find(tensor: onnx.TensorProto, references: Mapping[str, Reference]) -> Reference:
+    if tensor.name not in references:
+        raise AssertionError(f"{tensor.name!r} is computed when the model is saved: save it first")
+    return references[tensor.name]
 
 
 def point(tensor: onnx.TensorProto, extent: Extent, location: Path) -> None:

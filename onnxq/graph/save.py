@@ -16,7 +16,7 @@ from onnxq.graph import wire
 from onnxq.graph.model import Model
 from onnxq.graph.reading import data_locations
 from onnxq.graph.references import set_reference
-from onnxq.graph.weights import StoredValues, Values
+from onnxq.graph.weights import Values
 from onnxq.progress import Progress, silent
 
 INLINE_LIMIT = 2_000_000_000
@@ -46,19 +46,18 @@ def save(
     proto = model.export()
     constants = {c.name: c._values for c in model.constants()}
     values = {n: v for n, v in constants.items() if isinstance(v, Values) and v.streamed}
-    sources = {v.extent.path for v in values.values() if isinstance(v, StoredValues)} | {model.path}
     with reporting(path):
-        _refuse_source(path, sources)
+        _refuse_source(path, model.sources)
     total = proto.ByteSize() + sum(v.nbytes for v in values.values())
     if external is None:
         external = model.external
     if external or total > INLINE_LIMIT:
-        return _save_external(proto, values, path, sources, progress)
+        return _save_external(proto, values, path, model.sources, progress)
     with reporting(path), temporary_beside(path) as model_file:
         with model_file.open("wb") as stream:
             for piece in _inline_pieces(proto, values, progress):
                 stream.write(piece)
-        _commit([(model_file, path)], sources)
+        _commit([(model_file, path)], model.sources)
     return [path]
 
 
@@ -66,7 +65,7 @@ def _save_external(
     proto: onnx.ModelProto,
     values: dict[str, Values],
     path: Path,
-    sources: set[Path],
+    sources: frozenset[Path],
     progress: Progress,
 ) -> list[Path]:
     with reporting(path), temporary_beside(path) as model_file, temporary_beside(path) as data_file:
@@ -81,7 +80,7 @@ def _save_external(
     return [path, data]
 
 
-def _commit(renames: list[tuple[Path, Path]], sources: set[Path]) -> None:
+def _commit(renames: list[tuple[Path, Path]], sources: frozenset[Path]) -> None:
     """Put the new files in place, the model last, and then remove the old model's data.
 
     Under a lock: another run that replaces the same model would read which data is old while this
@@ -177,7 +176,7 @@ def _serialize(message: onnx.ModelProto | onnx.GraphProto) -> bytes:
         raise OnnxqError(f"the graph itself does not fit a 2 GB file: {error}", "") from error
 
 
-def _refuse_source(path: Path, sources: set[Path]) -> None:
+def _refuse_source(path: Path, sources: frozenset[Path]) -> None:
     """The weights are read while the output is written, and the input is never changed."""
     for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
