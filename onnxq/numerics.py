@@ -87,10 +87,11 @@ def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> Flo
 
 
 def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArray:
-    """One scale in `dtype` for several weights: a power of two near their geometric mean.
+    """One scale in `dtype` for several weights: a power of two, below all of them if it can be.
 
-    A code times a power of two is exact in any type. It lies at most 2^14 below the largest scale,
-    so that every `scale_ratios` is finite in FP16, and is a normal number of `dtype`.
+    A code times a power of two is exact in any type. A product under a scale below a channel's own
+    is smaller than the result, so that it overflows only where the result does; but 2^6 below the
+    largest scale is the limit, or the largest channels would lose digits in FP16.
 
     Raises:
         ScaleRangeError: the largest scale is beyond `dtype`.
@@ -99,16 +100,15 @@ def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArr
     largest = float(logs.max())
     if largest > np.log2(_largest(dtype)):
         raise ScaleRangeError(f"a scale of {2**largest:.3g} overflows {np.dtype(dtype).name}")
-    exponent = max(np.rint(logs.mean()), np.ceil(largest) - 14)
-    least = np.log2(smallest_normal(dtype))
-    return np.asarray(2.0 ** max(min(exponent, np.floor(largest)), least)).astype(dtype)
+    exponent = max(np.floor(logs.min()), np.ceil(largest) - 6)
+    return np.asarray(2.0 ** max(exponent, np.log2(smallest_normal(dtype)))).astype(dtype)
 
 
 def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
     """What remains of `scale` beside `common`, in the type of `common`.
 
     The product of both, in float32, is what codes must be made with. A channel 2^14 times smaller
-    than most needs no digits of its own, but its ratio must not become 0.
+    than the common scale needs no digits of its own, but its ratio must not become 0.
     """
     ratios = scale.astype(np.float64) / np.float64(common)
     return np.maximum(ratios, smallest_normal(common.dtype)).astype(common.dtype)

@@ -278,8 +278,11 @@ def test_common_scale_and_ratios(dtype: np.dtype[Any], scales: list[Any]) -> Non
     assert mantissa == 0.5, "a power of two, so that codes times it are exact"
     normal = float(ml_dtypes.finfo(dtype).smallest_normal)
     assert float(common) >= normal
-    # Never above the largest scale: no product grows beyond that of the largest channel.
-    assert float(common) <= max(float(s.max()) for s in scales) or float(common) == normal
+    least, largest = min(map(np.min, scales)), max(map(np.max, scales))
+    # Below every scale, so that no product is larger than its result; but not far below the
+    # largest, whose product would lose digits.
+    assert float(common) <= max(float(least), float(largest) * 2.0**-5, normal)
+    assert float(common) > min(float(least) / 2, float(largest) * 2.0**-6.01)
     for scale in scales:
         ratios = numerics.scale_ratios(scale, common)
         assert ratios.dtype == dtype and ratios.shape == scale.shape
@@ -293,12 +296,13 @@ def test_common_scale_and_ratios(dtype: np.dtype[Any], scales: list[Any]) -> Non
         assert (effective >= scale * (1 - ROUNDING[dtype])).all(), "no channel may saturate"
 
 
-def test_common_scale_is_the_mean_of_like_channels() -> None:
-    scales = [np.float32([2.0**-7, 2.0**-9]), np.float32(2.0**-8)]
-    assert numerics.common_scale(scales, FP16) == np.float16(2.0**-8)
+def test_common_scale_of_like_channels_and_of_an_outlier() -> None:
+    like = [np.float32([2.0**-7, 2.0**-9]), np.float32(1.5 * 2.0**-8)]
+    assert numerics.common_scale(like, FP16) == np.float16(2.0**-9)
     np.testing.assert_array_equal(
-        numerics.scale_ratios(scales[0], np.float16(2.0**-8)), np.float16([2, 0.5])
+        numerics.scale_ratios(like[0], np.float16(2.0**-9)), np.float16([4, 1])
     )
+    assert numerics.common_scale([*like, np.float32(1)], FP16) == np.float16(2.0**-6)
 
 
 def test_common_scale_of_one_outlier_among_dead_channels() -> None:

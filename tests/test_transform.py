@@ -315,6 +315,21 @@ def test_channels_that_differ_by_ten_million(preset: str) -> None:
     assert (found[:, 5] == 0).all()
 
 
+@pytest.mark.parametrize("preset", ["int8", "fp8"])
+def test_sums_that_fit_fp16_do_not_overflow_before_their_rescale(preset: str) -> None:
+    """Results of 40,000 from a channel whose weights are an eighth of the others'."""
+    net = Net(dtype=FP16)
+    w = np.ones((64, 16))
+    w[:, 3] = 0.125
+    net.const("w", w)
+    net.output(net.op("MatMul", net.input("x", ["m", 64]), "w", name="/fc"))
+    x = np.full((2, 64), 5000, FP16)
+    x[1, 1::2] = -5000
+    found = evaluate(quantized(net, preset, peaks=5000.0), {"x": x})[0]
+    np.testing.assert_allclose(found[0, 3], 40000, rtol=2e-2)
+    np.testing.assert_array_equal(found[1], 0)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     net = Net()

@@ -302,10 +302,8 @@ def _convert_outputs(editor: Editor, node: gs.Node, plan: PrecisionPlan, fp32: s
 def _drop_idle_casts(editor: Editor, fp32: set[int]) -> None:
     """Casts that change nothing any more, now that what they read or make has 16 bits."""
     outputs = {id(t) for t in editor.model.graph.outputs}
-    for node in editor.model.graph.nodes:
-        tensors = (*node.inputs, *node.outputs)
-        if node.op != "Cast" or not any(id(t) in fp32 for t in tensors):
-            continue
+    casts = [n for n in editor.model.graph.nodes if n.op == "Cast"]
+    for node in [n for n in casts if any(id(t) in fp32 for t in (*n.inputs, *n.outputs))]:
         if type_number(node.inputs[0]) == type_number(node.outputs[0]):
             if id(node.outputs[0]) not in outputs:
                 editor.redirect(node.outputs[0], node.inputs[0])
