@@ -329,7 +329,7 @@ def test_what_counts_as_lm_head(name: str, wide: int, left: bool) -> None:
     assert reasons(placed(graph)) == {name: "lm_head, left by the recipe" if left else ""}
 
 
-def cnn(last: str = "/conv3") -> Net:
+def cnn(last: str = "/conv3", residual_first: bool = False) -> Net:
     """Scaled input, three convolutions with a residual addition before each of the last two."""
     graph = Net()
     x = graph.op("Sub", graph.input("x", ["n", 32, "h", "w"]), graph.const("mean", 0.5))
@@ -338,14 +338,16 @@ def cnn(last: str = "/conv3") -> Net:
         weight = graph.weight(f"w{i}", 32, 32, 3, 3)
         name = f"/conv{i}" if i < 3 else last
         y = graph.op("Conv", x, weight, name=name, pads=[1] * 4)
-        x = graph.op("Add", y, x)
+        x = graph.op("Add", x, y) if residual_first else graph.op("Add", y, x)
     graph.output(graph.op("Clip", x, graph.const("low", 0.0), graph.const("high", 1.0)))
     return graph
 
 
-def test_first_and_last_by_the_recipe() -> None:
-    assert not any(reasons(placed(cnn())).values())
-    left = reasons(placed(cnn(), first="leave", last="leave"))
+@pytest.mark.parametrize("residual_first", [True, False])
+def test_first_and_last_by_the_recipe(residual_first: bool) -> None:
+    graph = cnn(residual_first=residual_first)
+    assert not any(reasons(placed(graph)).values())
+    left = reasons(placed(graph, first="leave", last="leave"))
     assert left == {
         "/conv1": "first convolution, left by the recipe",
         "/conv2": "",
