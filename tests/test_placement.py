@@ -371,6 +371,21 @@ def test_the_last_layer_is_seen_through(after: tuple[str, ...]) -> None:
     assert left == {"/first": "", "/last": "makes an output, left by the recipe"}
 
 
+def test_detection_heads_are_all_last() -> None:
+    """Boxes and scores of two scales, joined in one output."""
+    graph = Net()
+    x = graph.input("x", ["n", 32, 8, 8])
+    trunk = graph.op("Conv", x, graph.weight("w", 32, 32, 1, 1), name="/trunk")
+    heads = []
+    for name in ("boxes", "scores"):
+        weight = graph.weight(name, 32, 32, 1, 1)
+        y = graph.op("Conv", graph.op("Relu", trunk), weight, name=f"/{name}")
+        heads.append(graph.op("Sigmoid" if name == "scores" else "Exp", y))
+    graph.output(graph.op("Concat", *heads, axis=1))
+    last = "makes an output, left by the recipe"
+    assert reasons(placed(graph, last="leave")) == {"/trunk": "", "/boxes": last, "/scores": last}
+
+
 def test_operators_the_recipe_leaves() -> None:
     assert reasons(placed(cnn(), ops=("MatMul",)))["/conv1"] == "the recipe leaves Conv"
 

@@ -7,11 +7,12 @@ import onnx_graphsurgeon as gs
 from onnxq.graph.model import Model
 from onnxq.graph.query import producer
 
+_LAYERS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _TO_OUTPUT = frozenset(
     (
         *("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice"),
         *("Gather", "GatherND", "ArgMax", "TopK", "Softmax", "LogSoftmax", "Sigmoid", "Tanh"),
-        *("Clip", "Add", "Sub", "Mul", "Div"),
+        *("Clip", "Add", "Sub", "Mul", "Div", "Concat", "Split", "Exp"),
     )
 )
 
@@ -31,34 +32,25 @@ def last_layers(model: Model) -> frozenset[int]:
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        if node.op in ("MatMul", "Gemm", "Conv"):
+        if node.op in _LAYERS:
             found.add(id(node))
         elif node.op in _TO_OUTPUT:
             computed = [t for t in node.inputs if not isinstance(t, gs.Constant)]
             joins = node.op in ("Add", "Sub", "Mul", "Div") and len(computed) == 2
             if not (joins and joined):
-                followed = computed if joins else computed[:1]
+                followed = computed if joins or node.op == "Concat" else computed[:1]
                 stack.extend((t, joined or joins) for t in followed)
     return frozenset(found)
 
 
 def first_convolutions(model: Model) -> frozenset[int]:
-    inputs = {id(t) for t in model.graph.inputs}
-    found = set()
+    """Convolutions before which nothing is learned: they read a graph input, scaled or resized."""
+    found, learned = set(), set()
     for node in model.graph.nodes:
-        if node.op == "Conv":
-            tensor = node.inputs[0]
-            source = producer(tensor)
-            while source is not None and source.op in (
-                "Cast",
-                "Sub",
-                "Div",
-                "Mul",
-                "Add",
-                "Transpose",
-            ):
-                tensor = source.inputs[0]
-                source = producer(tensor)
-            if id(tensor) in inputs:
-                found.add(id(node))
+        sources = [p for t in node.inputs if (p := producer(t)) is not None]
+        behind = any(id(p) in learned or p.op in _LAYERS for p in sources)
+        if behind:
+            learned.add(id(node))
+        elif node.op == "Conv":
+            found.add(id(node))
     return frozenset(found)
