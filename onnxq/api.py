@@ -70,7 +70,7 @@ def quantize(
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
     from onnxq.graph.save import save
-    from onnxq.transform import activation_ranges, apply_placement
+    from onnxq.transform import activation_ranges, apply_placement, settle
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
@@ -81,7 +81,7 @@ def quantize(
     _refuse_missing_data(chosen, data, load_calib)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
 
-    graph, placement = _placed(source, chosen, target, report)
+    graph, placement = _placed(source, chosen, target, report, precision)
     before = _facts_before(graph)
     samples = data.open(graph.inputs(), progress) if data.given else None
     table = _calibrate(graph, placement, samples, load_calib, memory, device, progress)
@@ -99,6 +99,7 @@ def quantize(
         device=device,
         progress=progress,
     )
+    placement = settle(placement, ranges)
     report.edits += apply_placement(graph, placement, ranges, progress)
     record.stamp(graph, chosen, target, precision, table.digest if table else None)
     written = save(graph, destination, progress=progress)
@@ -312,14 +313,20 @@ def choose_recipe(
     return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
 
 
-def _placed(source: Path, recipe: Recipe, target: str, report: Report) -> tuple[Model, Placement]:
+def _placed(
+    source: Path, recipe: Recipe, target: str, report: Report, precision: Precision = "keep"
+) -> tuple[Model, Placement]:
     """Load, prepare and place; what that changed or found goes into the report."""
     from onnxq.formats import quant_format
     from onnxq.graph.model import Model
+    from onnxq.graph.precision import BASES
     from onnxq.graph.prepare import prepare
     from onnxq.placement import place
 
-    model, edits = prepare(Model.load(source), quant_format(recipe.weights).min_opset)
+    opset = quant_format(recipe.weights).min_opset
+    if precision != "keep":
+        opset = max(opset, BASES[precision].min_opset)
+    model, edits = prepare(Model.load(source), opset)
     report.edits += edits
     placement = place(model, recipe, find_target(target))
     if not placement.quantized:

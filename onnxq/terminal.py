@@ -22,7 +22,8 @@ _KINDS = {
     "linear": "linear layers",
     "conv": "convolutions",
     "attention": "attentions",
-    "product": "other products",
+    "product": "products of two computed operands",
+    "other": "other multiplying nodes",
 }
 
 
