@@ -43,9 +43,11 @@ check: $(TEST)/ready
 models: $(TEST)/ready
 	$(TEST)/bin/python -m models.wiki
 	$(TEST)/bin/python -m models.smollm2
+	$(TEST)/bin/python -m models.smollm2 --dtype fp16
 	$(TEST)/bin/python -m models.ppocr
 	$(MAKE) $(OUT)/minilm/model.onnx $(OUT)/minilm-legacy/model.onnx \
-	    $(OUT)/sdxl-unet-tiny-fp16/model.onnx $(OUT)/smollm2-torch/model.onnx
+	    $(OUT)/sdxl-unet-tiny-fp16/model.onnx $(OUT)/smollm2-torch/model.onnx \
+	    $(OUT)/smollm2-torch-decode/model.onnx
 	$(TEST)/bin/python -m models.minilm_data
 
 $(OUT)/minilm/model.onnx: | $(EXPORT)/ready
@@ -56,6 +58,9 @@ $(OUT)/sdxl-unet-tiny-fp16/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.sdxl_unet --size tiny
 $(OUT)/smollm2-torch/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.smollm2_torch
+
+$(OUT)/smollm2-torch-decode/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.smollm2_torch --graph decode
 
 bench: models
 	$(TEST)/bin/python -m tools.bench

@@ -81,6 +81,24 @@ def test_smollm2(recipe: str, start: int, attention: str, models: Path, folder: 
     assert products["attention"] == {attention: 30}
 
 
+def test_smollm2_decoding_with_a_cache(models: Path, folder: Path) -> None:
+    """One token at a time: the rows of an activation never decide what is quantized."""
+    shapes = [
+        "input_ids:1x1,1x1,4x1",
+        "attention_mask:1x2,1x257,4x513",
+        "position_ids:1x1,1x1,4x1",
+    ] + [
+        f"past_key_values.{layer}.{kind}:1x3x1x64,1x3x256x64,4x3x512x64"
+        for layer in range(30)
+        for kind in ("key", "value")
+    ]
+    source = models / "smollm2-torch-decode/model.onnx"
+    built = _compile(source, folder, "fp8-dynamic", shapes, None)
+    products = built.report.facts["products"]
+    assert built.passed
+    assert products["gemm"]["fp8"] == 210 and products["attention"] == {"fused fp16": 30}
+
+
 def test_fp8_attention_from_one_token_is_reported(models: Path, folder: Path) -> None:
     """It does not fuse when the sequence may be shorter than 32: strict fails, with the reason."""
     source = models / "smollm2-fp32"
