@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
 from onnxq.graph.attention import Attention, attentions
+from onnxq.graph.ir import Node
 from onnxq.graph.model import Model
 from onnxq.graph.query import (
     ConstantOperand,
@@ -33,7 +32,7 @@ class Site:
         attention: the pattern, for an attention.
     """
 
-    node: gs.Node
+    node: Node
     kind: str
     operand: ConstantOperand | None = None
     module: str = ""
@@ -45,7 +44,7 @@ class Site:
         return label(self.node)
 
     @property
-    def nodes(self) -> tuple[gs.Node, ...]:
+    def nodes(self) -> tuple[Node, ...]:
         """The nodes whose names and operators rules match: of an attention three."""
         found = self.attention
         return (self.node,) if found is None else (found.scores, found.softmax, found.values)
@@ -103,7 +102,7 @@ def bystanders(model: Model, sites: Sequence[Site]) -> Iterator[tuple[Site, str]
                 yield Site(inner, "other"), where
 
 
-def _bystander(node: gs.Node, live: bool) -> str:
+def _bystander(node: Node, live: bool) -> str:
     if not live:
         return "no output depends on it: it is dropped" if node.op in _MULTIPLYING else ""
     if node.domain:

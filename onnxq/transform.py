@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxq import numerics
 from onnxq.algorithms import rtn
@@ -16,6 +15,7 @@ from onnxq.errors import OnnxqError
 from onnxq.formats import QuantFormat, quant_format
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit import Emitter
+from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand
 from onnxq.graph.weights import array, numpy_dtype
@@ -32,7 +32,7 @@ Ranges = dict[tuple[int, int], float]
 """(id(node), input index) -> magnitude the largest code stands for."""
 
 
-def _measured_inputs(site: Site) -> Iterator[tuple[gs.Node, int]]:
+def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
     """The inputs whose ranges a static recipe needs."""
     yield site.node, 0
     if site.attention is not None:
@@ -40,7 +40,7 @@ def _measured_inputs(site: Site) -> Iterator[tuple[gs.Node, int]]:
         yield site.attention.values, 1
 
 
-def _static_inputs(placement: Placement) -> Iterator[tuple[gs.Node, int]]:
+def _static_inputs(placement: Placement) -> Iterator[tuple[Node, int]]:
     for decision in placement.quantized:
         yield from _measured_inputs(decision.site)
 
@@ -174,7 +174,7 @@ def _shared_scale(scales: list[Any], dtype: Any) -> tuple[Any, list[Any]]:
 
 
 def _quantize_product(
-    emitter: Emitter, site: Site, weight: gs.Tensor, ratio: gs.Tensor | None, ranges: Ranges | None
+    emitter: Emitter, site: Site, weight: Tensor, ratio: Tensor | None, ranges: Ranges | None
 ) -> None:
     node, rank = site.node, len(_operand(site).shape)
     factors = [] if ratio is None else [ratio]
@@ -189,7 +189,7 @@ def _quantize_product(
     emitter.finish_product(node, factors, bias)
 
 
-def _static(emitter: Emitter, node: gs.Node, index: int, peak: float) -> gs.Tensor:
+def _static(emitter: Emitter, node: Node, index: int, peak: float) -> Tensor:
     tensor = node.inputs[index]
     scale = numerics.activation_scale(peak, emitter.fmt, _dtype(tensor))
     return emitter.static(tensor, scale, node)
@@ -207,7 +207,7 @@ def output_axis(site: Site) -> int:
     return 1
 
 
-def _take_alpha(editor: Editor, node: gs.Node) -> float:
+def _take_alpha(editor: Editor, node: Node) -> float:
     """Remove the factor of a Gemm: in 16 bits the compiler would apply it beside the scales."""
     alpha = float(node.attrs.get("alpha", 1.0))
     if alpha != 1.0:
@@ -215,7 +215,7 @@ def _take_alpha(editor: Editor, node: gs.Node) -> float:
     return alpha
 
 
-def _take_bias(editor: Editor, site: Site, rank: int) -> gs.Tensor | None:
+def _take_bias(editor: Editor, site: Site, rank: int) -> Tensor | None:
     """Remove the bias of a Gemm or Conv, shaped to be added behind the rescale."""
     node = site.node
     if len(node.inputs) < 3 or not node.inputs[2].name:
@@ -225,7 +225,7 @@ def _take_bias(editor: Editor, site: Site, rank: int) -> gs.Tensor | None:
     if site.kind == "linear":
         return bias
     shape = np.array([1, -1] + [1] * (rank - 2), np.int64)
-    if isinstance(bias, gs.Constant):
+    if isinstance(bias, Constant):
         return editor.constant(f"{bias.name}_column", array(bias).reshape(shape))
     target = editor.constant(f"{bias.name}_shape", shape)
     return editor.node(
@@ -251,7 +251,7 @@ def _quantize_attention(emitter: Emitter, site: Site, ranges: Ranges) -> None:
     values.inputs[0] = _static(emitter, values, 0, SOFTMAX_PEAK)
 
 
-def _dtype(tensor: gs.Tensor) -> Any:
+def _dtype(tensor: Tensor) -> Any:
     """The numpy (or ml_dtypes) type of an activation: its scales have the same."""
     dtype = tensor.dtype
     return numpy_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)

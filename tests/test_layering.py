@@ -15,8 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "onnxq"
 ROOMS = {
     "onnx": {"graph"},
     "google": {"graph"},
-    # Types of graph objects are named wherever sites are handled; only graph/ changes them.
-    "onnx_graphsurgeon": {"graph", "", "engine"},
+    "onnx_graphsurgeon": {"graph"},
     "onnxruntime": {"calibrate", "evaluate"},
     "tokenizers": {"calibrate", "evaluate"},
     "tensorrt": {"engine", "evaluate"},

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import onnx_graphsurgeon as gs
-
 from onnxq.engine.coverage import WeightedNode
+from onnxq.graph.ir import Node
 from onnxq.graph.model import Model
 from onnxq.graph.query import producer, type_word
 from onnxq.placement import Site, find_sites
@@ -27,12 +26,12 @@ def _expected(site: Site) -> WeightedNode:
     return WeightedNode(engine_name(site.node), kind, _wanted(site.node))  # type: ignore[arg-type]
 
 
-def engine_name(node: gs.Node) -> str:
+def engine_name(node: Node) -> str:
     """The name TensorRT's parser gives the node's layer."""
     return str(node.name) or f"node_of_{node.outputs[0].name}"
 
 
-def _wanted(node: gs.Node) -> str:
+def _wanted(node: Node) -> str:
     """The format of the second operand's codes, or its plain type."""
     tensor = node.inputs[1]
     source = producer(tensor)
