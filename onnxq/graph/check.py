@@ -23,6 +23,7 @@ MAX_INLINED_NODES = 2_000_000
 """Functions that call functions can make a small file unfold without bound."""
 
 MAX_CALL_DEPTH = 100
+LONGEST_MESSAGE = 600
 
 TOOL_ERRORS = (
     RuntimeError,
@@ -56,11 +57,16 @@ def tool_reason(error: Exception) -> str:
 
 @contextmanager
 def located(path: Path) -> Iterator[None]:
-    """Put the model's path before the message of an OnnxqError."""
+    """Put the model's path before the message of an OnnxqError, which stays one line to read.
+
+    A damaged name can be as long as the file.
+    """
     try:
         yield
     except OnnxqError as error:
-        raise OnnxqError(f"{path}: {error.message}", error.hint) from error.__cause__
+        text = " ".join(error.message.split())
+        text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+        raise OnnxqError(f"{path}: {text}", error.hint) from error.__cause__
 
 
 def check_proto(proto: onnx.ModelProto) -> None:
@@ -82,12 +88,15 @@ def check_text(proto: onnx.ModelProto) -> None:
     """Refuse names that are no UTF-8: protobuf hands those out as bytes, nobody expects them."""
     nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
     names: list[object] = list(made(proto.graph))
-    names += [v.name for v in (*proto.graph.output, *proto.graph.value_info)]
-    names += [o.domain for o in proto.opset_import]
-    names += [text for f in proto.functions for text in (f.name, f.domain, *f.input, *f.output)]
-    names += [e.key for e in proto.metadata_props] + [e.value for e in proto.metadata_props]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        names.append(value.name)
+        names += (d.dim_param for d in value.type.tensor_type.shape.dim)
+    names += (o.domain for o in proto.opset_import)
+    for function in proto.functions:
+        names += (function.name, function.domain, function.overload)
+        names += (*function.input, *function.output)
     for node in nested_nodes(nodes):
-        names += (node.name, node.op_type, node.domain, *node.input, *node.output)
+        names += (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
         names += (a.name for a in node.attribute)
     for name in names:
         if isinstance(name, bytes):

@@ -85,7 +85,6 @@ def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
     bare = onnx.ModelProto(ir_version=proto.ir_version)
     bare.opset_import.extend(proto.opset_import)
     graph, source = bare.graph, proto.graph
-    graph.name, graph.doc_string = source.name, source.doc_string
     for name in ("input", "output", "value_info"):
         getattr(graph, name).extend(_plain_value(v) for v in getattr(source, name))
     weights = [t.name for t in source.initializer]
@@ -121,7 +120,6 @@ def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, *, attributes: bool)
 
 def _add_body(body: onnx.GraphProto, source: onnx.GraphProto) -> None:
     """What passes ask of a body: its operators, and what each reads."""
-    body.name = source.name
     for name in ("input", "output"):
         getattr(body, name).extend(onnx.ValueInfoProto(name=v.name) for v in getattr(source, name))
     for node in source.node:

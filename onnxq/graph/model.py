@@ -115,9 +115,10 @@ class Model:
         return int(max(versions, default=0))
 
     def metadata(self, node: gs.Node) -> dict[str, str]:
-        """The node's `metadata_props`."""
+        """The node's `metadata_props`, as far as they are text."""
         origin = self.origins.get(id(node)) or self.added.get(id(node), (None, None))[1]
-        return {e.key: e.value for e in origin.metadata_props} if origin else {}
+        entries = origin.metadata_props if origin else ()
+        return {e.key: e.value for e in entries if isinstance(e.value, str)}
 
     def inherit_metadata(self, node: gs.Node, like: gs.Node) -> None:
         """Give an added node the module path of the node it works for."""

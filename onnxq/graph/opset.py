@@ -125,7 +125,7 @@ class _Raising:
     def _refused(self, node: onnx.NodeProto, why: str) -> OnnxqError:
         return OnnxqError(
             f"opset {self.old} cannot be raised to {self.new} for node "
-            f"{node.name or node.output[0]!r} ({node.op_type}): {why}",
+            f"{(node.name or [*node.output, '?'][0])!r} ({node.op_type}): {why}",
             f"export the model at opset {self.new} or later",
         )
 

@@ -268,6 +268,19 @@ def test_preparing_without_raising_leaves_the_model_alone(tmp_path: Path) -> Non
         assert g.differences(old, new, tmp_path, tmp_path) == []
 
 
+def test_raising_leaves_alone_what_no_operator_of_it_is(tmp_path: Path) -> None:
+    source = g.saved(g.with_everything(), tmp_path / "in.onnx")
+    raised, edits = prepare(Model.load(source), 25)
+    assert edits[0].reason == "0 nodes rewritten"
+    written = save(raised, tmp_path / "out.onnx", external=True)[0]
+    old, new = onnx.load(source), onnx.load(written, load_external_data=False)
+    assert (new.opset_import[0].version, new.opset_import[1].version) == (25, 3)
+    for model in (old, new):
+        model.ClearField("opset_import")
+        model.ClearField("ir_version")
+    assert g.differences(old, new, tmp_path, tmp_path) == []
+
+
 def test_the_fingerprint_is_of_the_content_not_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     inline = g.saved(g.mlp(), tmp_path / "a.onnx")

@@ -22,6 +22,7 @@ from onnx import helper as h
 from onnxq.errors import OnnxqError
 from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
+from onnxq.graph.save import save
 from onnxq.graph.wire import field, varint
 
 
@@ -312,10 +313,33 @@ def test_broken_models(
     _refused_model(model, tmp_path, words)
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    content = g.mlp().SerializeToString().replace(b"w1", b"\xff\xfe")
-    (tmp_path / "bad.onnx").write_bytes(content)
-    _refused(tmp_path / "bad.onnx", "not text")
+@pytest.mark.parametrize("name", [b"batch", b"then_g", b"only_then", b"p0", b"Relu", b"ow", b"vv"])
+def test_names_that_are_no_text(name: bytes, tmp_path: Path) -> None:
+    model = g.with_if()
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "batch"
+    model.graph.node[0].domain, model.graph.node[1].overload = "ow", "vv"
+    content = model.SerializeToString()
+    assert name in content
+    (tmp_path / "bad.onnx").write_bytes(content.replace(name, b"\xff" * len(name)))
+    if name == b"then_g":  # of a body: nobody asks for it
+        Model.load(tmp_path / "bad.onnx")
+    else:
+        _refused(tmp_path / "bad.onnx", "not text")
+
+
+def test_comments_that_are_no_text_pass(tmp_path: Path) -> None:
+    """Doc strings and metadata in Latin-1 are nobody's names."""
+    model = g.mlp()
+    for part in (model, model.graph, model.graph.node[0]):
+        part.doc_string = "caf."
+        part.metadata_props.add(key="k", value="caf.")
+    model.producer_name = "caf."
+    content = model.SerializeToString().replace(b"caf.", b"caf\xe9")
+    (tmp_path / "in.onnx").write_bytes(content)
+    prepared, _ = prepare(Model.load(tmp_path / "in.onnx"), 21)
+    assert prepared.metadata(prepared.graph.nodes[0]) == {}
+    written = save(prepared, tmp_path / "out.onnx")[0].read_bytes()
+    assert written.count(b"caf\xe9") == 7
 
 
 def _nested(depth: int) -> onnx.ModelProto:
