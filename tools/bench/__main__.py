@@ -129,12 +129,15 @@ def _accuracy_table(rows: list[dict[str, Any]]) -> Table:
 
 def _speed_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="time and memory against the floor, measured alternately")
-    for heading in ("model", "what", "floor s", "ours s", "ratio", "floor MB", "ours MB", "ratio"):
+    headings = "model,what,floor s,ours s,ratio,floor CPU s,ours,ratio,floor MB,ours,ratio"
+    for heading in headings.split(","):
         table.add_column(heading, justify="left" if heading in ("model", "what") else "right")
     for row in rows:
         table.add_row(
             row["model"], row["what"], f"{row['floor_s']:.2f}", f"{row['ours_s']:.2f}",
-            f"{row['ours_s'] / row['floor_s']:.2f}", f"{row['floor_mb']:.0f}",
+            f"{row['ours_s'] / row['floor_s']:.2f}", f"{row['floor_cpu']:.2f}",
+            f"{row['ours_cpu']:.2f}", f"{row['ours_cpu'] / row['floor_cpu']:.2f}",
+            f"{row['floor_mb']:.0f}",
             f"{row['ours_mb']:.0f}", f"{row['ours_mb'] / row['floor_mb']:.2f}",
         )  # fmt: skip
     return table

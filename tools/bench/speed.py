@@ -1,7 +1,8 @@
 """Time and memory of calibration beside the bare forward passes, in child processes, in turn.
 
 Ours and the floor run alternately, three times each; the medians are compared. Times are those of
-the loop over the samples alone, without loading; memory is the whole process's peak.
+the loop over the samples alone, without loading: by the clock, and the CPU's, which is steadier
+on a busy machine. Memory is the whole process's peak.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def speed_rows(names: list[str]) -> list[dict[str, Any]]:
                     "what": f"calibration, {what}",
                     "floor_s": median(bare["seconds"] for bare, _ in runs),
                     "ours_s": median(ours["seconds"] for _, ours in runs),
+                    "floor_cpu": median(bare["cpu"] for bare, _ in runs),
+                    "ours_cpu": median(ours["cpu"] for _, ours in runs),
                     "floor_mb": median(bare["peak"] for bare, _ in runs) / 1e6,
                     "ours_mb": median(ours["peak"] for _, ours in runs) / 1e6,
                 }
@@ -71,21 +74,22 @@ def _measure(name: str, what: str) -> dict[str, float]:
     samples = data.open(model.inputs())
     if what == "bare":
         session = open_session(case.model)
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         for feed in samples:
             session.run(None, feed)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - spent
     else:
-        marks: list[float] = []
+        marks: list[tuple[float, float]] = []
 
         def mark(step: str, done: int, total: int) -> None:
-            marks.append(time.perf_counter())
+            marks.append((time.perf_counter(), time.process_time()))
 
         watched = dict.fromkeys(watched_tensors(place(model, load("fp8"), target("sm89"))), what)
         calibrate(model.session_model, watched, samples, progress=mark)
         # The first mark ends the first sample: its share is added back.
-        seconds = (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1)
-    return {"seconds": seconds, "peak": float(peak())}
+        whole = len(marks) / (len(marks) - 1)
+        seconds, cpu = (whole * (b - a) for a, b in zip(marks[0], marks[-1], strict=True))
+    return {"seconds": seconds, "cpu": cpu, "peak": float(peak())}
 
 
 if __name__ == "__main__":
