@@ -192,6 +192,7 @@ def test_outputs_that_no_operator_computes(size: int, tmp_path: Path) -> None:
     _unchanged(source, save(loaded, tmp_path / "same.onnx")[0])
     prepared, _ = prepare(loaded, 21)
     Editor(prepared).finish()
+    assert [n.op for n in prepared.graph.nodes] == ["Constant", "Relu"]  # an output needs a maker
     for external in (False, True):
         path = save(prepared, tmp_path / "out.onnx", external=external)[0]
         _same(want, g.outputs_of(path, g.feed_of(source)))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import onnx
 import pytest
 
 from onnxq.errors import OnnxqError
+from onnxq.files import alone_in
 from onnxq.graph import save as save_module
 from onnxq.graph.model import Model
 from onnxq.graph.save import save
@@ -115,6 +117,24 @@ def test_ctrl_c_between_the_renames(
         assert _strays(path) == []
     save(model, path, external=external)
     assert _value(path) == 2
+
+
+def test_ctrl_c_spares_data_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first result was renamed by its owner, and the same run is made again."""
+    path, best = tmp_path / "model.onnx", tmp_path / "best.onnx"
+    model = Model.load(_source(tmp_path, 1))
+    save(model, path, external=True)
+    path.rename(best)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        replace(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupted)
+        save(model, path, external=True)
+    assert not path.exists() and _value(best) == 1
 
 
 CHILD = """
@@ -318,6 +338,34 @@ def test_concurrent_runs_leave_one_consistent_pair(tmp_path: Path) -> None:
     assert [child.wait(timeout=60) for child in children] == [0, 0, 0]
     assert _value(path) in values
     assert _strays(path) == []
+
+
+def test_a_run_waits_while_another_puts_its_files_in_place(tmp_path: Path) -> None:
+    """Or it would take the data of the model that just came for that of the old one."""
+    path = tmp_path / "out.onnx"
+    save(Model.load(_source(tmp_path, 1)), path, external=True)
+    model = Model.load(_source(tmp_path, 2))
+    other = threading.Thread(target=save, args=(model, path), kwargs={"external": True})
+    with alone_in(tmp_path):
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and _value(path) == 1
+    other.join(20)
+    assert not other.is_alive() and _value(path) == 2
+
+
+def test_data_files_of_one_name_have_one_content(tmp_path: Path) -> None:
+    """The same bytes in tensors of other sizes are other data: they begin at other places."""
+    found = set()
+    for columns in (300, 700):
+        ones = [np.ones(columns, np.float32), np.ones(1000 - columns, np.float32)]
+        model = g.parsed(
+            '<ir_version: 8, opset_import: ["": 17]> g () => (y) { y = Concat <axis = 0> (a, b) }',
+            *(onnx.numpy_helper.from_array(v, n) for v, n in zip(ones, "ab", strict=True)),
+        )
+        source = g.saved(model, tmp_path / "in.onnx")
+        found.add(save(Model.load(source), tmp_path / "out.onnx", external=True)[1].name)
+    assert len(found) == 2
 
 
 def test_large_results_go_external(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
