@@ -101,12 +101,12 @@ def apply_placement(
     """Emit the Q/DQ of every quantized site; returns one Edit a site.
 
     Args:
+        placement: of `settle`.
         ranges: of `activation_ranges`; None for dynamic recipes.
 
     Raises:
         OnnxqError: a weight or a range is not finite.
     """
-    placement = settle(placement, ranges)
     editor = Editor(model)
     emitter = Emitter(editor, quant_format(placement.recipe.weights))
     edits = []

@@ -19,7 +19,7 @@ from onnxq.graph.prepare import prepare
 from onnxq.graph.save import save
 from onnxq.placement import Placement, place
 from onnxq.recipe import Recipe, load, parse_rule
-from onnxq.transform import apply_placement
+from onnxq.transform import apply_placement, settle
 
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,8 @@ def quantized(
     """The model with its Q/DQ, weights inline; `peaks` are ranges by tensor, or one for all."""
     model = net.loaded(21) if isinstance(net, Net) else net
     placement = placed(model, name, *rules, **changes)
-    apply_placement(model, placement, ranges_of(placement, peaks))
+    ranges = ranges_of(placement, peaks)
+    apply_placement(model, settle(placement, ranges), ranges)
     return inlined(model)
 
 

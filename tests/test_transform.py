@@ -360,7 +360,7 @@ def test_ranges_without_a_scale_leave_the_layer(peak: float, reason: str) -> Non
     ranges = ranges_of(placement, {"x": 4.0, "/first:0": peak})
     settled = settle(placement, ranges)
     assert [d.reason for d in settled.left] == [reason]
-    edits = apply_placement(model, placement, ranges)
+    edits = apply_placement(model, settled, ranges)
     assert [(e.verb, e.target) for e in edits] == [("quantize", "/first"), ("leave", "/second")]
     assert edits[1].reason == reason
     assert operators(inlined(model), ["QuantizeLinear"]) == ["QuantizeLinear"]
@@ -523,7 +523,7 @@ def through_precision(
     placement = placed(model, preset)
     ranges = ranges_of(placement, peaks)
     apply_precision(model, plan_precision(model, BASES[base]))
-    apply_placement(model, placement, ranges)
+    apply_placement(model, settle(placement, ranges), ranges)
     return inlined(model)
 
 
