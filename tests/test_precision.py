@@ -485,6 +485,34 @@ def test_what_a_subgraph_reads_stays_fp32(convert_io: bool) -> None:
         assert snr(reference, evaluate(proto, feeds)[0]) > 60
 
 
+@pytest.mark.parametrize("convert_io", [False, True])
+@pytest.mark.parametrize("kind", ["Relu", "Cast"])
+def test_an_output_that_a_subgraph_reads_too_stays_fp32(kind: str, convert_io: bool) -> None:
+    """Both read it by one name, so it has one type; the body's is FP32."""
+    net = Net()
+    x, condition = net.input("x", ["m", 8]), net.input("condition", [], bool)
+    if kind == "Cast":
+        y = net.op("Cast", net.op("Relu", net.input("i", ["m", 8], np.int32)), to=1, name="/y")
+    else:
+        y = net.op("Relu", x, name="/y")
+    net.output(y)
+    net.output(net.op("Neg", branches(net, condition, [y, y]), name="/after"))
+    proto, _, edits = converted(net, convert_io=convert_io)
+    types = {o.name: o.type.tensor_type.elem_type for o in proto.graph.output}
+    other = TensorProto.FLOAT16 if convert_io else TensorProto.FLOAT
+    assert types == {"/y:0": TensorProto.FLOAT, "/after:0": other}
+    said = [e for e in edits if e.target == "/y:0" and "subgraph reads" in e.reason]
+    assert len(said) == convert_io
+    feeds = {"x": normal(3, 8), "condition": np.array(True)}
+    if kind == "Cast":
+        feeds = {"i": np.arange(24, dtype=np.int32).reshape(3, 8), **feeds}
+    reference = run(net.model(), feeds)
+    if convert_io:
+        feeds["x"] = feeds["x"].astype(np.float16)
+    for expected, found in zip(reference, run(proto, feeds), strict=True):
+        assert snr(expected, found) > FEW_ROUNDINGS
+
+
 def test_loops_keep_their_types() -> None:
     net = Net()
     x = net.input("x", ["m", 8])

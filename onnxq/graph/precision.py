@@ -266,7 +266,7 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
         edits.append(
             Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}")
         )
-    _type_outputs(editor, plan, fp32, convert_io)
+    edits += _type_outputs(editor, plan, fp32, convert_io)
     _drop_idle_casts(editor, fp32)
     editor.finish()
     return edits
@@ -317,11 +317,19 @@ def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
     return tuple(i for i in range(len(node.inputs)) if _pinned(schema, schema.inputs, i))
 
 
-def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: bool) -> None:
-    """Graph outputs keep their FP32, or all become 16 bits wide: one Cast each, under its name."""
+def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: bool) -> list[Edit]:
+    """Graph outputs keep their FP32, or become 16 bits wide: one Cast each, under its name.
+
+    What a subgraph reads by that name too keeps its type.
+    """
     graph, base = editor.model.graph, plan.base
+    captured, edits = editor.model.captured_names(), []
     for index, tensor in enumerate(list(graph.outputs)):
         if id(tensor) not in fp32 or is_fp32(tensor) != convert or not tensor.inputs:
+            continue
+        if tensor.name in captured:
+            reason = "a subgraph reads this output"
+            edits.append(Edit("precision", "keep fp32", tensor.name, reason))
             continue
         name, source = tensor.name, tensor.inputs[0]
         if convert and source.op == "Cast" and not tensor.outputs:
@@ -335,6 +343,7 @@ def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: 
         graph.nodes.append(node)
         graph.outputs[index] = out
         editor.model.inherit_metadata(node, source)
+    return edits
 
 
 class _Caster:
