@@ -6,6 +6,7 @@ Every function imports what it needs when it is called, so that `import onnxq` s
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -335,16 +336,27 @@ def _placed(
 
 
 def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
-    if not source.is_file():
-        what = "not a file" if source.exists() else "no such file"
-        raise OnnxqError(f"{what}: {source}", "name the model's .onnx file")
-    path = Path(output) if output else source.with_name(f"{source.stem}.{recipe}.onnx")
-    if path.exists() and path.samefile(source):
-        raise OnnxqError(f"the output is the input: {path}", "give another path with -o")
-    if path.is_dir():
-        raise OnnxqError(f"the output is a folder: {path}", "name the file to write")
-    if not path.parent.is_dir():
-        raise OnnxqError(f"no such folder: {path.parent}", "create it first")
+    """Where to write, refused before anything is computed where that cannot be."""
+    try:
+        if not source.is_file():
+            what = "not a file" if source.exists() else "no such file"
+            raise OnnxqError(f"{what}: {source}", "name the model's .onnx file")
+        path = Path(output) if output else source.with_name(f"{source.stem}.{recipe}.onnx")
+        if not path.parent.is_dir():
+            raise OnnxqError(f"no such folder: {path.parent}", "create it first")
+        longest = os.pathconf(path.parent, "PC_NAME_MAX") - len(".01234567.data")
+        if len(os.fsencode(path.name)) > longest:
+            raise OnnxqError(
+                f"the output's name is longer than {longest} bytes, or its data file's would be "
+                f"too long: {path}",
+                "give a shorter one with -o",
+            )
+        if path.exists() and path.samefile(source):
+            raise OnnxqError(f"the output is the input: {path}", "give another path with -o")
+        if path.is_dir():
+            raise OnnxqError(f"the output is a folder: {path}", "name the file to write")
+    except OSError as error:
+        raise OnnxqError(f"{error.strerror}: {error.filename}", "give another path") from error
     return path
 
 

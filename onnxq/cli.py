@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input or usage.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,18 @@ Command = Callable[..., Any]
 
 
 class _Verbs(click.Group):
-    """Turns an OnnxqError into one line and exit code 2, and Ctrl-C into 130."""
+    """Turns an OnnxqError or OSError into one line and exit code 2, and Ctrl-C into 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except OnnxqError as error:
             click.echo(f"onnxq: error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:  # a path that cannot even be looked at
+            if error.errno == errno.EPIPE:
+                raise  # whoever read the output has enough: click ends quietly
+            click.echo(f"onnxq: error: {error.strerror or error}: {error.filename}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("onnxq: interrupted; no file was changed", err=True)

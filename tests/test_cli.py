@@ -94,6 +94,42 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "LONG.onnx"),
+        ("quantize", "LONG/model.onnx"),
+        ("quantize", "model.onnx", "-o", "LONG.onnx"),
+        ("quantize", "model.onnx", "-o", "LONG/out.onnx"),
+        ("quantize", "model.onnx", "--recipe", "LONG"),
+        ("quantize", "model.onnx", "--calib", "LONG.npz"),
+        ("quantize", "model.onnx", "--text", "LONG", "--tokenizer", "LONG"),
+        ("quantize", "model.onnx", "--load-calib", "LONG.json"),
+        ("compare", "model.onnx", "LONG.onnx", "--data", "good.npz"),
+        ("build", "model.onnx", "-o", "LONG.plan", "--shapes", "input_ids:1x8"),
+    ],
+)
+def test_names_that_no_file_can_have_are_one_line(
+    words: tuple[str, ...], folder: Path, cli: Cli
+) -> None:
+    before = set(folder.iterdir())
+    done = cli(*(w.replace("LONG", "long" * 75) for w in words), cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert _is_one_line(done.stderr), done.stderr
+    assert "longlong" in done.stderr
+    assert set(folder.iterdir()) == before
+
+
+def test_the_outputs_name_leaves_room_for_its_data_files(folder: Path, cli: Cli) -> None:
+    """255 bytes on the file systems of this day; the data file's name is 14 longer."""
+    words = ("quantize", "model.onnx", "--recipe", "int8-dynamic", "-o")
+    refused = cli(*words, "m" * 237 + ".onnx", cwd=folder)
+    assert refused.returncode == 2 and "longer than 241 bytes" in refused.stderr
+    fits = "m" * 236 + ".onnx"
+    assert cli(*words, fits, cwd=folder).returncode == 0
+    (folder / fits).unlink()
+
+
 def test_usage_errors_exit_with_2(folder: Path, cli: Cli) -> None:
     assert cli("quantize", "model.onnx", "--frobnicate", cwd=folder).returncode == 2
     assert cli("quantize", cwd=folder).returncode == 2
