@@ -2,6 +2,9 @@
 
 ONNX QuantizeLinear divides by the scale, rounds half to even and saturates. Multiplying by a
 reciprocal instead changes codes at ties.
+
+A scale array holds what is stored: shape () per tensor, [C] per channel, and per block the
+tensor's shape with the blocked axis divided by the block size, rounded up.
 """
 
 from __future__ import annotations
@@ -12,7 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.formats import QuantFormat
+from onnxq.formats import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    QuantFormat,
+    QuantScheme,
+    dtype_named,
+)
 
 FloatArray = npt.NDArray[Any]
 
@@ -25,43 +36,83 @@ class ScaleRangeError(ValueError):
     """A range whose scale the scale's type cannot hold."""
 
 
-def amax(values: FloatArray, axis: int | None = None) -> FloatArray:
-    """Largest magnitude: a scalar, or one for each index along `axis` (float32).
+def peaks(values: FloatArray, granularity: Granularity) -> FloatArray:
+    """Largest magnitude under each scale: float32, shaped like the scales.
 
     max and -min rather than max of abs: the same number without a copy of the values.
     """
-    if axis is None:
-        low, high = values.min(initial=0), values.max(initial=0)
+    low, high = extremes(values, granularity)
+    return np.asarray(np.maximum(high, -low), np.float32)
+
+
+def extremes(values: FloatArray, granularity: Granularity) -> tuple[FloatArray, FloatArray]:
+    """The least and the largest value under each scale, at most and at least 0 (float32)."""
+    if isinstance(granularity, PerBlock):
+        axis, size = granularity.axis % values.ndim, granularity.size
+        starts = np.arange(0, values.shape[axis], size)
+        low = np.minimum.reduceat(values, starts, axis)
+        high = np.maximum.reduceat(values, starts, axis)
     else:
-        others = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+        kept = granularity.axis % values.ndim if isinstance(granularity, PerChannel) else -1
+        others = tuple(i for i in range(values.ndim) if i != kept)
         low, high = values.min(axis=others, initial=0), values.max(axis=others, initial=0)
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which `scale_for` names
-        peak = np.maximum(np.float32(0) + high, -(np.float32(0) + low))
-        return np.asarray(peak, np.float32)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which a scale refuses
+        return (
+            np.minimum(np.asarray(low).astype(np.float32), np.float32(0)),
+            np.maximum(np.asarray(high).astype(np.float32), np.float32(0)),
+        )
 
 
-def scale_for(peak: FloatArray, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
-    """Scale that maps `peak` to the format's largest code, positive and finite in `dtype`.
+def scales_for(peak: FloatArray, scheme: QuantScheme) -> FloatArray:
+    """Scales that map each `peak` to the format's largest code, positive and finite.
 
-    The result is rounded to `dtype` first: codes are computed with the scale that is stored.
-    A zero peak (an all-zero channel) gets the largest scale of the others, or 1: its codes are zero
-    whatever the scale. No scale is below the least normal number of `dtype`: its reciprocal, by
-    which a compiler multiplies, must be finite too.
+    The result is rounded to the type it is stored in: codes are computed with that. Powers of two
+    (E8M0) are rounded up, so that nothing saturates. A zero peak (an all-zero channel) gets the
+    largest scale of the others, or 1: its codes are zero whatever the scale. No scale of a 16- or
+    32-bit type is below its least normal number: its reciprocal, by which a compiler multiplies,
+    must be finite too.
 
     Raises:
         NotFiniteError: a peak is NaN or infinite.
-        ScaleRangeError: a scale overflows `dtype`.
+        ScaleRangeError: a scale overflows its type.
     """
-    peak = np.asarray(peak, np.float32)
+    peak, dtype = np.asarray(peak, np.float32), dtype_named(scheme.scale_type)
     if not np.isfinite(peak).all():
         raise NotFiniteError("NaN or infinite values")
-    wanted = peak.astype(np.float64) / fmt.qmax
+    wanted = peak.astype(np.float64) / scheme.format.qmax / scheme.unit
     wanted = np.where(peak > 0, wanted, wanted.max(initial=0) or 1.0)
-    if wanted.max(initial=0) > _largest(dtype):
+    # Scales chosen under a unit that was made for them may be off by that unit's own rounding.
+    if wanted.max(initial=0) > _largest(dtype) * (1 + 2.0**-20):
         raise ScaleRangeError(
-            f"a range of {peak.max():.3g} needs a scale that overflows {np.dtype(dtype).name}"
+            f"a range of {peak.max():.3g} needs a scale that overflows {dtype.name}"
         )
-    return np.asarray(np.maximum(wanted, smallest_normal(dtype)).astype(dtype))
+    if dtype.name == "float8_e8m0fnu":
+        mantissa, exponent = np.frexp(wanted)
+        wanted = np.ldexp(1.0, exponent - (mantissa == 0.5))
+    return np.asarray(np.clip(wanted, _least_scale(dtype), _largest(dtype)).astype(dtype))
+
+
+def scales_and_zeros(
+    low: FloatArray, high: FloatArray, scheme: QuantScheme
+) -> tuple[FloatArray, FloatArray]:
+    """Scales and zero points of an asymmetric format for values in [low, high], 0 within."""
+    fmt = scheme.format
+    width = np.asarray(high, np.float64) - np.asarray(low, np.float64)
+    scale = scales_for((width * fmt.qmax / (fmt.qmax - fmt.qmin)).astype(np.float32), scheme)
+    offset = np.rint(fmt.qmin - np.asarray(low, np.float64) / _step(scale, scheme))
+    return scale, np.clip(offset, fmt.qmin, fmt.qmax).astype(fmt.dtype())
+
+
+def tensor_unit(peak: float, fmt: QuantFormat) -> float:
+    """The scale of the whole tensor in a two-level format: its peak gets the largest block scale.
+
+    Raises:
+        NotFiniteError: the peak is NaN or infinite.
+    """
+    if not np.isfinite(peak):
+        raise NotFiniteError("NaN or infinite values")
+    unit = np.float32(peak / (fmt.qmax * _largest(dtype_named(fmt.scale_type))))
+    return float(max(unit, np.float32(smallest_normal(np.float32)))) if peak > 0 else 1.0
 
 
 def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> FloatArray:
@@ -77,17 +128,17 @@ def activation_scale(peak: float, fmt: QuantFormat, dtype: npt.DTypeLike) -> Flo
     """
     if peak == 0:
         raise ScaleRangeError("its input was 0 throughout the calibration")
-    scale = scale_for(np.array(peak), fmt, dtype)
+    name = np.dtype(dtype).name
+    scale = scales_for(np.array(peak), QuantScheme(fmt, PerTensor(), name))
     if float(scale) * fmt.qmax > (64 if fmt.is_float else 1.5) * peak:
         raise ScaleRangeError(
-            f"a range of {peak:.3g} needs a scale below the normal numbers of "
-            f"{np.dtype(dtype).name}"
+            f"a range of {peak:.3g} needs a scale below the normal numbers of {name}"
         )
     return scale
 
 
-def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArray:
-    """One scale in `dtype` for several weights: a power of two, below all of them if it can be.
+def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> float:
+    """One unit for several weights' scales: a power of two in `dtype`, below all if it can be.
 
     A code times a power of two is exact in any type. A product under a scale below a channel's own
     is smaller than the result, so that it overflows only where the result does; but 2^6 below the
@@ -101,60 +152,85 @@ def common_scale(scales: Sequence[FloatArray], dtype: npt.DTypeLike) -> FloatArr
     if largest > np.log2(_largest(dtype)):
         raise ScaleRangeError(f"a scale of {2**largest:.3g} overflows {np.dtype(dtype).name}")
     exponent = max(np.floor(logs.min()), np.ceil(largest) - 6)
-    return np.asarray(2.0 ** max(exponent, np.log2(smallest_normal(dtype)))).astype(dtype)
-
-
-def scale_ratios(scale: FloatArray, common: FloatArray) -> FloatArray:
-    """What remains of `scale` beside `common`, in the type of `common`.
-
-    The product of both, in float32, is what codes must be made with. A channel 2^14 times smaller
-    than the common scale needs no digits of its own, but its ratio must not become 0.
-    """
-    ratios = scale.astype(np.float64) / np.float64(common)
-    return np.maximum(ratios, smallest_normal(common.dtype)).astype(common.dtype)
+    return float(2.0 ** max(exponent, np.log2(smallest_normal(dtype))))
 
 
 def quantize(
-    values: FloatArray, scale: FloatArray, fmt: QuantFormat, axis: int | None = None
+    values: FloatArray, scale: FloatArray, scheme: QuantScheme, zero: FloatArray | None = None
 ) -> FloatArray:
-    """Codes of `values`: round_half_even(values / scale), saturated at +-qmax.
+    """Codes of `values`: round_half_even(values / (unit x scale)) + zero, saturated.
 
     ONNX QuantizeLinear, but that INT8 saturates at -127, not at -128: weights are symmetric.
 
     Args:
         values: finite.
-        scale: a scalar, or one value for each index along `axis`.
+        scale: of the scheme's `scale_type`, shaped as its granularity says.
+        zero: zero points shaped like `scale`, for asymmetric formats.
 
     Returns:
         Array of the format's dtype, shaped like `values`.
     """
+    fmt = scheme.format
     with np.errstate(over="ignore"):  # beyond FP32 is beyond the last code too
-        divided = values.astype(np.float32) / _along(scale, values.ndim, axis)
+        divided = values.astype(np.float32) / steps(scale, scheme, values.shape)
+    if zero is None:
+        return np.asarray(nearest(divided, fmt).astype(fmt.dtype()))
+    np.rint(divided, out=divided)
+    divided += _spread(zero.astype(np.float32), scheme.granularity, values.shape)
+    return np.asarray(np.clip(divided, fmt.qmin, fmt.qmax).astype(fmt.dtype()))
+
+
+def nearest(values: FloatArray, fmt: QuantFormat) -> npt.NDArray[np.float32]:
+    """The format's values nearest to `values` (in units of a step): ties to even, saturated."""
+    grid = np.clip(values, fmt.qmin, fmt.qmax, dtype=np.float32)
     if not fmt.is_float:
-        np.rint(divided, out=divided)
-    np.clip(divided, -fmt.qmax, fmt.qmax, out=divided)
-    return divided.astype(fmt.dtype())
+        return np.asarray(np.rint(grid, out=grid))
+    return np.asarray(grid.astype(fmt.dtype()).astype(np.float32))
 
 
 def dequantize(
-    codes: FloatArray, scale: FloatArray, axis: int | None = None
+    codes: FloatArray, scale: FloatArray, scheme: QuantScheme, zero: FloatArray | None = None
 ) -> npt.NDArray[np.float32]:
-    """Values that codes stand for: codes x scale in float32 (ONNX DequantizeLinear)."""
-    return np.asarray(codes.astype(np.float32) * _along(scale, codes.ndim, axis), dtype=np.float32)
+    """Values that codes stand for: (codes - zero) x step in float32 (ONNX DequantizeLinear)."""
+    wide = codes.astype(np.float32)
+    if zero is not None:
+        wide -= _spread(zero.astype(np.float32), scheme.granularity, codes.shape)
+    return np.asarray(wide * steps(scale, scheme, codes.shape), dtype=np.float32)
 
 
-def _along(scale: FloatArray, rank: int, axis: int | None) -> FloatArray:
-    scale = np.asarray(scale).astype(np.float32)
-    if axis is None or scale.ndim == 0:
-        return scale
-    shape = [1] * rank
-    shape[axis] = -1
-    return scale.reshape(shape)
+def steps(
+    scale: FloatArray, scheme: QuantScheme, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """What a code of each element is worth: unit x scale in float32, broadcastable to `shape`."""
+    return _spread(_step(scale, scheme), scheme.granularity, shape)
+
+
+def _step(scale: FloatArray, scheme: QuantScheme) -> npt.NDArray[np.float32]:
+    return np.asarray(np.asarray(scale).astype(np.float32) * np.float32(scheme.unit))
+
+
+def _spread(
+    each: npt.NDArray[np.float32], granularity: Granularity, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """A value of each scale -> one for each element, or broadcastable to that."""
+    if isinstance(granularity, PerTensor) or each.ndim == 0:
+        return each
+    axis = granularity.axis % len(shape)
+    if isinstance(granularity, PerBlock):
+        whole = np.repeat(each, granularity.size, axis)
+        return whole[tuple(slice(None, length) for length in shape)]
+    return each.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
 def smallest_normal(dtype: npt.DTypeLike) -> float:
     """The least positive number of a floating-point type that has all its digits."""
     return float(_finfo(dtype).smallest_normal)
+
+
+def _least_scale(dtype: Any) -> float:
+    """Scales of 8 bits are factors of a weight that no compiler divides by."""
+    narrow = np.dtype(dtype).itemsize == 1
+    return float(_finfo(dtype).smallest_subnormal) if narrow else smallest_normal(dtype)
 
 
 def _largest(dtype: npt.DTypeLike) -> float:

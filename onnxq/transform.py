@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from onnxq import numerics
-from onnxq.algorithms import rtn
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.errors import OnnxqError
-from onnxq.formats import QuantFormat, quant_format
+from onnxq.formats import PerChannel, PerTensor, QuantFormat, QuantScheme, quant_format
 from onnxq.graph.edit import Editor
-from onnxq.graph.emit import Emitter
+from onnxq.graph.emit import CodedWeight, Emitter
 from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand
@@ -30,6 +29,9 @@ SOFTMAX_PEAK = 1.0
 
 Ranges = dict[tuple[int, int], float]
 """(id(node), input index) -> magnitude the largest code stands for."""
+
+Coded = dict[tuple[Any, ...], CodedWeight]
+"""What weights were rounded to, by the constant, its layout and the scheme."""
 
 
 def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
@@ -109,7 +111,8 @@ def apply_placement(
     """
     editor = Editor(model)
     emitter = Emitter(editor, quant_format(placement.recipe.weights))
-    edits = []
+    edits: list[Edit] = []
+    known: Coded = {}
     done, total = 0, len(placement.quantized)
     for group in _groups(placement):
         if group[0].attention is not None:
@@ -117,7 +120,7 @@ def apply_placement(
             for site in group:
                 _quantize_attention(emitter, site, ranges)
         else:
-            _quantize_layers(emitter, group, placement.recipe, ranges)
+            _quantize_layers(emitter, group, placement.recipe, ranges, known)
         done += len(group)
         progress("quantizing", done, total)
     for decision in placement.decisions:
@@ -137,40 +140,60 @@ def _groups(placement: Placement) -> list[list[Site]]:
 
 
 def _quantize_layers(
-    emitter: Emitter, sites: list[Site], recipe: Recipe, ranges: Ranges | None
+    emitter: Emitter, sites: list[Site], recipe: Recipe, ranges: Ranges | None, known: Coded
 ) -> None:
     """Layers that read one tensor: the compiler makes one product of them, with one scale."""
     dtype = _dtype(sites[0].node.inputs[0])
-    axes = [None if recipe.weight_granularity == "tensor" else output_axis(s) for s in sites]
-    scales = [_weight_scales(s, emitter.fmt, axis) for s, axis in zip(sites, axes, strict=True)]
-    common = None
-    if dtype.itemsize == 2:
-        common, scales = _shared_scale(scales, dtype)
-    for site, axis, scale in zip(sites, axes, scales, strict=True):
+    weights = [_weight_peaks(s, emitter.fmt, recipe) for s in sites]
+    schemes, behind = _schemes(weights, dtype)
+    for site, scheme, (_, peak) in zip(sites, schemes, weights, strict=True):
         gain = _take_alpha(emitter.editor, site.node) if dtype.itemsize == 2 else 1.0
-        weight, ratio = emitter.weight(_operand(site), axis, scale, common, site.node, gain)
+        coded = _rounded(_operand(site), scheme, peak, behind, known)
+        weight, ratio = emitter.weight(_operand(site), coded, site.node, gain)
         _quantize_product(emitter, site, weight, ratio, ranges)
 
 
-def _weight_scales(site: Site, fmt: QuantFormat, axis: int | None) -> Any:
-    try:
-        return rtn.scales(_operand(site).load(), fmt, axis, np.float32)
-    except numerics.NotFiniteError as error:
+def _weight_peaks(site: Site, fmt: QuantFormat, recipe: Recipe) -> tuple[QuantScheme, Any]:
+    """How a weight is divided into scales, and the largest magnitude under each."""
+    axis = output_axis(site)
+    each = PerTensor() if recipe.weight_granularity == "tensor" else PerChannel(axis)
+    peak = numerics.peaks(_operand(site).load(), each)
+    if not np.isfinite(peak).all():
         raise OnnxqError(
-            f"weight {site.weight_name!r} of {site.name!r} holds {error}",
+            f"weight {site.weight_name!r} of {site.name!r} holds NaN or infinite values",
             f"export a sound model, or leave the layer: --rule 'leave weight={site.weight_name}'",
-        ) from None
+        )
+    return QuantScheme(fmt, each, "float32"), peak
 
 
-def _shared_scale(scales: list[Any], dtype: Any) -> tuple[Any, list[Any]]:
-    """The scale that DequantizeLinear gets in 16 bits, and the weights' own, which join in ratios.
+def _schemes(weights: list[tuple[QuantScheme, Any]], dtype: Any) -> tuple[list[QuantScheme], bool]:
+    """The weights' schemes in the type of the activations, and whether scales go behind products.
 
-    Weights that have one scale between them need no ratio: None, and that scale in 16 bits.
+    In 16 bits DequantizeLinear gets one scale, a unit of all of them; weights that have one scale
+    between them need nothing behind.
     """
+    if dtype.itemsize > 2:
+        return [scheme for scheme, _ in weights], False
+    scales = [numerics.scales_for(peak, scheme) for scheme, peak in weights]
+    schemes = [replace(scheme, scale_type=dtype.name) for scheme, _ in weights]
     one = all(s.ndim == 0 and s == scales[0] for s in scales)
     if one and scales[0] >= numerics.smallest_normal(dtype):
-        return None, [s.astype(dtype) for s in scales]
-    return numerics.common_scale(scales, dtype), scales
+        return schemes, False
+    unit = numerics.common_scale(scales, dtype)
+    return [scheme.with_unit(unit) for scheme in schemes], True
+
+
+def _rounded(
+    operand: ConstantOperand, scheme: QuantScheme, peak: Any, behind: bool, known: Coded
+) -> CodedWeight:
+    """The weight rounded to nearest; the same object for all layers that use it alike."""
+    key = (id(operand.constant), operand.permutation, scheme, behind)
+    if key not in known:
+        scale = numerics.scales_for(peak, scheme)
+        known[key] = CodedWeight(
+            scheme, scale, lambda: numerics.quantize(operand.load(), scale, scheme), behind
+        )
+    return known[key]
 
 
 def _quantize_product(

@@ -18,7 +18,8 @@ one tensor (q, k, v) become one product, so they must share that scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,27 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq import numerics
-from onnxq.formats import QuantFormat
+from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme
 from onnxq.graph.attention import factors_behind
 from onnxq.graph.edit import Editor
 from onnxq.graph.query import ConstantOperand, label, scalar
 from onnxq.graph.weights import numpy_dtype, onnx_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class CodedWeight:
+    """A weight as it will be stored; written once for all layers that are given the same object.
+
+    Attributes:
+        scale: of `scheme.scale_type`, shaped as the scheme says.
+        produce: gives the codes, laid out as the node sees the weight, when they are written.
+        behind: DequantizeLinear gets the scheme's unit, and the scales multiply the product.
+    """
+
+    scheme: QuantScheme
+    scale: Any
+    produce: Callable[[], Any]
+    behind: bool = False
 
 
 class Emitter:
@@ -41,66 +58,56 @@ class Emitter:
         self.code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
         self._static: dict[tuple[int, bytes], gs.Tensor] = {}
         self._dynamic: dict[tuple[int, str], tuple[gs.Tensor, gs.Tensor]] = {}
-        self._weights: dict[tuple[Any, ...], tuple[gs.Tensor, Any]] = {}
-        self._ratios: dict[tuple[Any, ...], gs.Constant] = {}
+        self._weights: dict[CodedWeight, gs.Tensor] = {}
+        self._ratios: dict[tuple[CodedWeight, float], gs.Constant] = {}
         self._alive: list[gs.Tensor] = []
 
     def weight(
-        self,
-        operand: ConstantOperand,
-        axis: int | None,
-        scale: Any,
-        common: Any,
-        like: gs.Node,
-        gain: float = 1.0,
+        self, operand: ConstantOperand, coded: CodedWeight, like: gs.Node, gain: float = 1.0
     ) -> tuple[gs.Tensor, gs.Constant | None]:
-        """DequantizeLinear on the weight's codes, stored in 8 bits and laid out as it is used.
+        """DequantizeLinear on the weight's codes, stored in few bits and laid out as it is used.
 
-        The codes are computed when the model is written; consumers of one weight share them. The
-        float weight itself is untouched: whoever else reads it (an embedding) still does.
+        The codes are computed when the model is written. The float weight itself is untouched:
+        whoever else reads it (an embedding) still does.
 
         Args:
-            scale: one, or one for each index along `axis`; float32 where `common` is given.
-            common: the scale DequantizeLinear gets; None: `scale` itself, in its type.
             gain: a factor of the product beside the scales.
 
         Returns:
             The dequantized weight, and what its product is to be multiplied by, or None.
         """
-        shared = b"" if common is None else common.tobytes()
-        key = (id(operand.constant), operand.permutation, axis, str(scale.dtype), shared)
-        if key not in self._weights:
-            self._alive.append(operand.constant)
-            self._weights[key] = self._weight(operand, axis, scale, common, like)
-        weight, ratios = self._weights[key]
-        if ratios is None:
+        scale = np.asarray(coded.scale)
+        if coded not in self._weights:
+            self._weights[coded] = self._weight(operand, coded, like)
+        weight = self._weights[coded]
+        if not coded.behind:
             if gain == 1:
                 return weight, None
-            ratios = np.ones((), scale.dtype)
-        gained = (*key, gain)
+            scale = np.ones((), scale.dtype)
+        gained = (coded, gain)
         if gained not in self._ratios:
             name = f"{operand.constant.name}_channel_scale"
             trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
-            factors = (ratios.astype(np.float64) * gain).astype(ratios.dtype)
-            shaped = factors.reshape(*ratios.shape, *trailing) if ratios.ndim else factors
+            factors = (scale.astype(np.float64) * gain).astype(scale.dtype)
+            shaped = factors.reshape(*factors.shape, *trailing) if factors.ndim else factors
             self._ratios[gained] = self.editor.constant(name, shaped)
         return weight, self._ratios[gained]
 
-    def _weight(
-        self, operand: ConstantOperand, axis: int | None, scale: Any, common: Any, like: gs.Node
-    ) -> tuple[gs.Tensor, Any]:
-        name, fmt = operand.constant.name, self.fmt
-        stored, ratios = scale, None
-        if common is not None:
-            ratios = numerics.scale_ratios(scale, common)
-            stored, scale = common, common.astype(np.float32) * ratios.astype(np.float32)
+    def _weight(self, operand: ConstantOperand, coded: CodedWeight, like: gs.Node) -> gs.Tensor:
+        name, scheme = operand.constant.name, coded.scheme
+        stored, granularity = np.asarray(coded.scale), scheme.granularity
+        if coded.behind:
+            stored, granularity = np.array(scheme.unit).astype(stored.dtype), PerTensor()
         codes = self.editor.derived(
-            f"{name}_{fmt.name}",
-            self.code_type,
+            f"{name}_{scheme.format.name}",
+            int(getattr(onnx.TensorProto, scheme.format.onnx_type)),
             operand.shape,
-            lambda: numerics.quantize(operand.load(), scale, fmt, axis),
+            coded.produce,
         )
-        out = self.editor.node(
+        where = {} if isinstance(granularity, PerTensor) else {"axis": granularity.axis}
+        if isinstance(granularity, PerBlock):
+            where["block_size"] = granularity.size
+        return self.editor.node(
             "DequantizeLinear",
             f"{name}_DequantizeLinear",
             [codes, self.editor.constant(f"{name}_scale", stored)],
@@ -108,9 +115,8 @@ class Emitter:
             _tensor_dtype(stored.dtype),
             operand.shape,
             like=like,
-            **({"axis": axis} if stored.ndim else {}),
+            **where,
         )
-        return out, ratios
 
     def static(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
         """Q and DQ of an activation under a scale that was calibrated, of the activation's type."""
@@ -174,7 +180,8 @@ class Emitter:
             floor = self.editor.constant(f"{name}_floor", least)
             peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
             normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
-            scale = numerics.scale_for(np.array(1.0), self.fmt, _dtype(tensor))
+            scheme = QuantScheme(self.fmt, PerTensor(), _dtype(tensor).name)
+            scale = numerics.scales_for(np.array(1.0), scheme)
             self._dynamic[key] = (self._pair(normal, scale, like), peak)
             self._alive.append(tensor)
         return self._dynamic[key]
