@@ -96,7 +96,7 @@ def bystanders(model: Model, sites: Sequence[Site]) -> Iterator[tuple[Site, str]
         reason = "" if id(node) in known else _bystander(node, id(node) in live)
         if reason:
             yield Site(node, "other", None, module_path(model, node)), reason
-        for inner in inner_nodes(node):
+        for inner in inner_nodes(model, node):
             if inner.op in _MULTIPLYING or _bystander(inner, True):
                 where = f"inside a subgraph of {node.op} {label(node)!r}, which stays as it is"
                 yield Site(inner, "other"), where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OnnxqError
 from onnxq.graph.dtypes import Array, onnx_dtype, payload_bytes, to_bytes
 from onnxq.graph.model import Model
-from onnxq.graph.query import label
+from onnxq.graph.query import label, live_nodes, makers, needed_nodes
 from onnxq.graph.weights import DerivedValues, InlineValues
 from onnxq.graph.wire import STRIP_THRESHOLD
 
@@ -130,20 +130,9 @@ class Editor:
 
 
 def remove_dead(model: Model) -> int:
-    """Remove nodes that lead to no output, and weights nothing reads; returns how many nodes.
-
-    A node without outputs acts in some other way: it stays, with what it needs.
-    """
+    """Remove nodes that lead to no output, and weights nothing reads; returns how many nodes."""
     graph = model.graph
-    outputs = {t.name for t in graph.outputs}
-    makers = _makers(graph)
-    waiting = [n for n in graph.nodes if not n.outputs or any(t.name in outputs for t in n.outputs)]
-    alive = {id(n) for n in waiting}
-    while waiting:
-        for needed in _needs(model, waiting.pop(), makers):
-            if id(needed) not in alive:
-                alive.add(id(needed))
-                waiting.append(needed)
+    alive = live_nodes(model)
     dead = [n for n in graph.nodes if id(n) not in alive]
     for node in dead:
         node.inputs.clear()
@@ -155,9 +144,9 @@ def remove_dead(model: Model) -> int:
 
 def is_sorted(model: Model) -> bool:
     """Whether every node stands behind the nodes it needs."""
-    makers, seen = _makers(model.graph), set()
+    made_by, seen = makers(model), set()
     for node in model.graph.nodes:
-        if any(id(needed) not in seen for needed in _needs(model, node, makers)):
+        if any(id(needed) not in seen for needed in needed_nodes(model, node, made_by)):
             return False
         seen.add(id(node))
     return True
@@ -169,7 +158,7 @@ def sort_nodes(model: Model) -> None:
     Raises:
         OnnxqError: the graph has a cycle.
     """
-    makers = _makers(model.graph)
+    made_by = makers(model)
     order: list[gs.Node] = []
     waiting: dict[int, bool] = {}  # id(node) -> whether it waits for what it needs, or is placed
     for root in model.graph.nodes:
@@ -183,7 +172,7 @@ def sort_nodes(model: Model) -> None:
                     order.append(node)
                 continue
             waiting[id(node)] = True
-            for needed in reversed(_needs(model, node, makers)):
+            for needed in reversed(needed_nodes(model, node, made_by)):
                 if waiting.get(id(needed)):
                     raise OnnxqError(
                         f"the graph has a cycle through node {label(needed)!r}",
@@ -192,14 +181,3 @@ def sort_nodes(model: Model) -> None:
                 if id(needed) not in waiting:
                     stack.append(needed)
     model.graph.nodes = order
-
-
-def _makers(graph: gs.Graph) -> dict[str, gs.Node]:
-    """Tensor name -> the node that makes it. By name, which is how bodies read."""
-    return {t.name: node for node in graph.nodes for t in node.outputs if t.name}
-
-
-def _needs(model: Model, node: gs.Node, makers: Mapping[str, gs.Node]) -> list[gs.Node]:
-    """Makers of the node's inputs, and of what its bodies read."""
-    names = [*(t.name for t in node.inputs), *sorted(model.captures.get(id(node), ()))]
-    return [makers[name] for name in names if name in makers]

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxq.graph import patterns
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
-from onnxq.graph.query import captured_names, has_subgraph, label, producer, type_number
+from onnxq.graph.query import has_subgraph, label, producer, type_number
 from onnxq.graph.weights import array, constant_type
 from onnxq.report import Edit
 
@@ -119,7 +119,7 @@ def plan_precision(
         ranges: max |x| of activations by tensor name, as far as they were measured.
     """
     plan = PrecisionPlan(base)
-    captured = captured_names(model)
+    captured = model.captured_names()
     for node in model.graph.nodes:
         reason = _structural(model, node, base, captured)
         if reason is None and node.op in patterns.HUNGRY:
@@ -148,7 +148,7 @@ def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> 
     tensors = [t for t in (*node.inputs, *node.outputs) if is_fp32(t)]
     if not tensors:
         return None
-    if has_subgraph(node):
+    if has_subgraph(model, node):
         return "holds a subgraph, which passes through untouched"
     if any(t.name in captured for t in node.outputs):
         return "a subgraph reads its output"
@@ -274,7 +274,7 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
 
 def _convert_inputs(model: Model, plan: PrecisionPlan) -> list[Edit]:
     """FP32 inputs become 16 bits wide, except what a subgraph reads."""
-    captured, edits = captured_names(model), []
+    captured, edits = model.captured_names(), []
     for tensor in model.graph.inputs:
         if is_fp32(tensor) and tensor.name in captured:
             edits.append(Edit("precision", "keep fp32", tensor.name, "a subgraph reads this input"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxq.graph.check import TOOL_ERRORS
+from onnxq.graph.exporting import export
 from onnxq.graph.model import Model
+from onnxq.graph.names import bodies, nested_nodes
 from onnxq.graph.weights import Array, array, constant_type, onnx_dtype, original
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -99,21 +102,20 @@ def _permutation(transpose: gs.Node) -> tuple[int, ...] | None:
     return None if shape is None else tuple(reversed(range(len(shape))))
 
 
+_NO_REAL_NUMBERS = (
+    onnx.TensorProto.STRING,
+    onnx.TensorProto.COMPLEX64,
+    onnx.TensorProto.COMPLEX128,
+)
+
+
 def scalar(tensor: gs.Tensor) -> float | None:
-    """The value of a constant with one element; None for anything else."""
+    """The value of a constant that is one real number; None for anything else."""
     if not isinstance(tensor, gs.Constant) or int(np.prod(tensor.shape or (1,))) != 1:
         return None
-    values = array(tensor).reshape(-1)
-    return (
-        float(values[0]) if np.issubdtype(np.asarray(values, np.float64).dtype, np.number) else None
-    )
-
-
-def is_floating(onnx_or_numpy: object) -> bool:
-    """Whether a graphsurgeon dtype is real: a numpy dtype, or the ONNX number of BF16 or FP8."""
-    if isinstance(onnx_or_numpy, int):
-        return True
-    return onnx_or_numpy is not None and np.dtype(onnx_or_numpy).kind == "f"  # type: ignore[call-overload]
+    if constant_type(tensor) in _NO_REAL_NUMBERS:
+        return None
+    return float(array(tensor).reshape(-1)[0])
 
 
 _WORDS = {
@@ -142,60 +144,53 @@ def type_word(tensor: gs.Tensor) -> str:
     return _WORDS.get(name, name.lower())
 
 
-def float_tensors(model: Model) -> list[str]:
-    """Names of computed floating-point tensors, in graph order (unknown types count as such)."""
-    return [
-        t.name
-        for node in model.graph.nodes
-        for t in node.outputs
-        if t.name and (t.dtype is None or is_floating(t.dtype))
-    ]
-
-
-def captured_names(model: Model) -> set[str]:
-    """Names of outer tensors that If, Loop and Scan bodies read."""
-    return set(_captured(model.graph, nested=False))
-
-
-def _captured(graph: gs.Graph, nested: bool) -> Iterator[str]:
-    for node in graph.nodes:
-        if nested:
-            yield from (t.name for t in node.inputs)
-        for attribute in node.attrs.values():
-            if isinstance(attribute, gs.Graph):
-                yield from (t.name for t in attribute.outputs)
-                yield from _captured(attribute, nested=True)
-
-
-def has_subgraph(node: gs.Node) -> bool:
+def has_subgraph(model: Model, node: gs.Node) -> bool:
     """Whether a node carries a body (If, Loop, Scan)."""
-    return any(isinstance(a, gs.Graph) for a in node.attrs.values())
+    return any(True for _ in bodies(_origin(model, node)))
 
 
-def inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
-    """Every node of the bodies of an If, Loop or Scan, nested ones too."""
-    for attribute in node.attrs.values():
-        if isinstance(attribute, gs.Graph):
-            for inner in attribute.nodes:
-                yield inner
-                yield from inner_nodes(inner)
+def inner_nodes(model: Model, node: gs.Node) -> Iterator[gs.Node]:
+    """Every node of the bodies of an If, Loop or Scan, nested ones too.
+
+    Their operators and the names of what they read and make; types are not known.
+    """
+    outermost = [inner for body in bodies(_origin(model, node)) for inner in body.node]
+    for inner in nested_nodes(outermost):
+        read, made = ([gs.Variable(n) for n in names] for names in (inner.input, inner.output))
+        domain = "" if inner.domain == "ai.onnx" else inner.domain
+        yield gs.Node(inner.op_type, inner.name, {}, read, made, domain)
+
+
+def _origin(model: Model, node: gs.Node) -> onnx.NodeProto:
+    return model.origins.get(id(node)) or onnx.NodeProto()
+
+
+def makers(model: Model) -> dict[str, gs.Node]:
+    """Tensor name -> the node that makes it. By name, which is how bodies read."""
+    return {t.name: node for node in model.graph.nodes for t in node.outputs if t.name}
+
+
+def needed_nodes(model: Model, node: gs.Node, made_by: Mapping[str, gs.Node]) -> list[gs.Node]:
+    """Makers of the node's inputs, and of what its bodies read."""
+    names = [*(t.name for t in node.inputs), *sorted(model.captures.get(id(node), ()))]
+    return [made_by[name] for name in names if name in made_by]
 
 
 def live_nodes(model: Model) -> set[int]:
-    """Ids of the nodes that lead to an output; of the others nothing will be written."""
-    stack = [producer(t) for t in model.graph.outputs]
-    stack += [n for n in model.graph.nodes if not n.outputs]
-    found: set[int] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or id(node) in found:
-            continue
-        found.add(id(node))
-        stack.extend(producer(t) for t in node.inputs)
-        for body in (a for a in node.attrs.values() if isinstance(a, gs.Graph)):
-            stack.extend(producer(t) for t in body.outputs)
-        stack.extend(producer(t) for inner in inner_nodes(node) for t in inner.inputs)
-    return found
+    """Ids of the nodes that lead to an output; of the others nothing will be written.
+
+    A node without outputs acts in some other way: it lives, with what it needs.
+    """
+    outputs, made_by = {t.name for t in model.graph.outputs}, makers(model)
+    nodes = model.graph.nodes
+    waiting = [n for n in nodes if not n.outputs or any(t.name in outputs for t in n.outputs)]
+    alive = {id(n) for n in waiting}
+    while waiting:
+        for needed in needed_nodes(model, waiting.pop(), made_by):
+            if id(needed) not in alive:
+                alive.add(id(needed))
+                waiting.append(needed)
+    return alive
 
 
 def known_shapes(model: Model, tensors: Iterable[gs.Tensor]) -> dict[str, Sequence[Any] | None]:
@@ -204,8 +199,8 @@ def known_shapes(model: Model, tensors: Iterable[gs.Tensor]) -> dict[str, Sequen
     if all(shape and isinstance(shape[-1], int) for shape in shapes.values()):
         return shapes
     try:
-        inferred = onnx.shape_inference.infer_shapes(model.export(), data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError):
+        inferred = onnx.shape_inference.infer_shapes(export(model, bare=True), data_prop=True)
+    except TOOL_ERRORS:
         return shapes
     for value in inferred.graph.value_info:
         dims = value.type.tensor_type.shape.dim
