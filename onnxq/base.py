@@ -31,8 +31,8 @@ def convert_base(
 
     Args:
         convert_io: floating-point inputs and outputs change their type too.
-        samples: the largest of them measures every tensor's range; None: patterns and weights
-            alone decide what stays FP32.
+        samples: all measure the inputs' ranges, the largest every other tensor's; None: patterns
+            and weights alone decide what stays FP32.
         calibrated: max |x| of some tensors over all samples.
     """
     from onnxq.calibrate.probe import measure_ranges
@@ -47,7 +47,8 @@ def convert_base(
     if samples is not None and precision == "fp16":
         probes = range_probes(model)
         measured = measure_ranges(probes, samples.largest(), device=device, progress=progress)
-        ranges |= {name: max(peak, ranges.get(name, 0.0)) for name, peak in measured.items()}
+        for peaks in (measured, samples.peaks):
+            ranges |= {name: max(peak, ranges.get(name, 0.0)) for name, peak in peaks.items()}
     plan = plan_precision(model, BASES[precision], ranges)
     return apply_precision(model, plan, convert_io=convert_io)
 

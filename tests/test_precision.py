@@ -15,12 +15,14 @@ from core_oracle import evaluate
 from onnx import TensorProto
 from onnx import helper as h
 
+from onnxq import quantize
 from onnxq.graph.model import Model
 from onnxq.graph.precision import BASES, apply_precision, plan_precision
 from onnxq.graph.prepare import infer_types, prepare
 from onnxq.graph.query import label, type_word
 from onnxq.graph.save import save
 from onnxq.report import Edit
+from onnxq.samples import Data
 
 FLOATS = {"fp32", "fp16", "bf16", "fp64"}
 # One rounding to FP16 is noise of relative power (2^-11)^2 / 12 = -77 dB, or less. The reference
@@ -434,6 +436,52 @@ def test_what_was_measured_beyond_the_range_stays_fp32() -> None:
     proto, kept, _ = converted(net, ranges={"/grow:0": peak})
     assert "measured at" in kept["/grow"] and "/fc" in kept
     assert snr(run(net.model(), feeds)[0], evaluate(proto, feeds)[0]) > FEW_ROUNDINGS
+
+
+def beyond(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A model that brings an input of 1e5 into the range, and data of which only the second, the
+    smaller sample goes beyond it."""
+    net = Net()
+    x, pixels = net.input("x", ["m", 32]), net.input("pixels", ["m", 32])
+    scaled = net.op("Mul", x, net.const("c", 1e-3), name="/shrink")
+    y = net.op("MatMul", scaled, net.weight("w", 32, 32), name="/fc")
+    net.output(net.op("Add", y, pixels, name="/add"))
+    rows = {"x": normal(5, 32), "pixels": normal(5, 32, seed=7)}
+    rows["x"][4] *= 1e5
+    (folder / "data").mkdir()
+    np.savez(folder / "data/0.npz", **{name: array[:4] for name, array in rows.items()})
+    np.savez(folder / "data/1.npz", **{name: array[4:] for name, array in rows.items()})
+    return net.save(folder / "m.onnx"), rows
+
+
+@pytest.mark.parametrize("io", ["keep", "fp16"])
+def test_an_input_beyond_the_range_stays_fp32(io: Any, tmp_path: Path) -> None:
+    model, rows = beyond(tmp_path)
+    data = Data(tmp_path / "data")
+    made = quantize(model, tmp_path / "q.onnx", recipe="int8-dynamic", calib=data, io=io)
+    proto = onnx.load(tmp_path / "q.onnx")
+    types = {v.name: v.type.tensor_type.elem_type for v in proto.graph.input}
+    narrow = TensorProto.FLOAT16 if io == "fp16" else TensorProto.FLOAT
+    assert types == {"x": TensorProto.FLOAT, "pixels": narrow}
+    said = {e.target: e.reason for e in made.report.edits if e.verb == "keep fp32"}
+    assert "'x' was measured at" in said["/shrink"]
+    assert ("x" in said) == (io == "fp16")
+    feeds = dict(rows)
+    if io == "fp16":
+        feeds["pixels"] = rows["pixels"].astype(np.float16)
+    # 8 bits of 32 values: 35 dB and more; infinity is no number at all
+    assert snr(run(onnx.load(model), rows)[0], run(proto, feeds)[0]) > 30
+
+
+def test_an_output_beyond_the_range_stays_fp32() -> None:
+    net = Net()
+    x = net.input("x", ["m", 32])
+    net.output(net.op("Mul", x, net.const("c", 3000.0), name="/grow"))
+    net.output(net.op("Relu", x, name="/relu"))
+    proto, _, edits = converted(net, ranges={"/grow:0": 2e5}, convert_io=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in proto.graph.output}
+    assert types == {"/grow:0": TensorProto.FLOAT, "/relu:0": TensorProto.FLOAT16}
+    assert any(e.target == "/grow:0" and "measured at 2e+05" in e.reason for e in edits)
 
 
 def test_a_masks_range_is_no_reason() -> None:

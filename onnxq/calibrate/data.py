@@ -54,6 +54,7 @@ class Samples:
         description: what the data is, for people.
         digest: SHA-256 of all rows in order, the same for any batch size.
         count: samples: rows of a batch, or one per step where arrays are fed as they are.
+        peaks: max |x| of each floating-point input over all samples.
         notes: what was converted or left out.
     """
 
@@ -67,6 +68,7 @@ class Samples:
         self._kept: list[Feed] | None = None
         self._shapes: dict[str, list[tuple[int, ...]]] = {spec.name: [] for spec in self.inputs}
         self._length = 0
+        self.peaks: dict[str, float] = {}
         self.digest, self.count = "", 0
         self._read_once(progress)
 
@@ -122,7 +124,7 @@ class Samples:
         digest, kept, size = DataDigest(self.inputs), [], 0
         for step, raw in enumerate(self._source):
             feed = self._fit(raw, step)
-            self._check_finite(feed, step)
+            self._measure(feed, step)
             digest.add(feed)
             for name, array in feed.items():
                 self._shapes[name].append(array.shape)
@@ -164,9 +166,10 @@ class Samples:
             self.notes.append(note)
         return converted
 
-    def _check_finite(self, feed: Feed, step: int) -> None:
+    def _measure(self, feed: Feed, step: int) -> None:
+        """Keep what floats reach; refuse those that are not finite."""
         for name, array in feed.items():
-            if not _is_float(array.dtype):
+            if not _is_float(array.dtype) or not array.size:
                 continue
             bad = ~np.isfinite(array)
             if bad.any():
@@ -175,6 +178,8 @@ class Samples:
                     f"{name!r} holds {what} in {self.label(step)} of {self.description}",
                     "take that sample out or repair it",
                 )
+            peak = max(float(array.max()), -float(array.min()))
+            self.peaks[name] = max(peak, self.peaks.get(name, 0.0))
 
 
 class DataDigest:

@@ -87,11 +87,13 @@ class PrecisionPlan:
     Attributes:
         base: the 16-bit type of all others.
         kept: id(node) -> reason.
+        wide: names of tensors that stay FP32 even as inputs or outputs of the graph -> reason.
         clamped: names of constants whose value is cut to the range, with what they become.
     """
 
     base: Base
     kept: dict[int, str] = field(default_factory=dict)
+    wide: dict[str, str] = field(default_factory=dict)
     clamped: dict[str, float] = field(default_factory=dict)
 
     def keep(self, node: gs.Node, reason: str) -> None:
@@ -118,8 +120,8 @@ def plan_precision(
     Args:
         ranges: max |x| of activations by tensor name, as far as they were measured.
     """
-    plan = PrecisionPlan(base)
     captured = model.captured_names()
+    plan = PrecisionPlan(base, wide=dict.fromkeys(captured, "a subgraph reads it"))
     for node in model.graph.nodes:
         reason = _structural(model, node, base, captured)
         if reason is None and node.op in patterns.HUNGRY:
@@ -226,8 +228,10 @@ def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]
         tensor = tensors.get(name)
         if amax <= limit or tensor is None or not is_fp32(tensor) or name in masked:
             continue
+        reason = f"{name!r} was measured at {amax:.3g}"
+        plan.wide.setdefault(name, reason)
         for node in (*tensor.inputs, *tensor.outputs):
-            plan.kept.setdefault(id(node), f"{name!r} was measured at {amax:.3g}")
+            plan.keep(node, reason)
 
 
 def _masked(model: Model, plan: PrecisionPlan) -> set[str]:
@@ -273,11 +277,11 @@ def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = Fal
 
 
 def _convert_inputs(model: Model, plan: PrecisionPlan) -> list[Edit]:
-    """FP32 inputs become 16 bits wide, except what a subgraph reads."""
-    captured, edits = model.captured_names(), []
+    """FP32 inputs become 16 bits wide, but for those that the plan keeps."""
+    edits = []
     for tensor in model.graph.inputs:
-        if is_fp32(tensor) and tensor.name in captured:
-            edits.append(Edit("precision", "keep fp32", tensor.name, "a subgraph reads this input"))
+        if is_fp32(tensor) and tensor.name in plan.wide:
+            edits.append(Edit("precision", "keep fp32", tensor.name, plan.wide[tensor.name]))
         elif is_fp32(tensor) and not isinstance(tensor, gs.Constant):
             tensor.dtype = plan.base.graph_dtype
     return edits
@@ -318,18 +322,13 @@ def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
 
 
 def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: bool) -> list[Edit]:
-    """Graph outputs keep their FP32, or become 16 bits wide: one Cast each, under its name.
-
-    What a subgraph reads by that name too keeps its type.
-    """
-    graph, base = editor.model.graph, plan.base
-    captured, edits = editor.model.captured_names(), []
+    """Graph outputs keep their FP32, or become 16 bits wide: one Cast each, under its name."""
+    graph, base, edits = editor.model.graph, plan.base, []
     for index, tensor in enumerate(list(graph.outputs)):
         if id(tensor) not in fp32 or is_fp32(tensor) != convert or not tensor.inputs:
             continue
-        if tensor.name in captured:
-            reason = "a subgraph reads this output"
-            edits.append(Edit("precision", "keep fp32", tensor.name, reason))
+        if convert and tensor.name in plan.wide:
+            edits.append(Edit("precision", "keep fp32", tensor.name, plan.wide[tensor.name]))
             continue
         name, source = tensor.name, tensor.inputs[0]
         if convert and source.op == "Cast" and not tensor.outputs:

@@ -22,7 +22,7 @@ groups hold less and run the beginning of the model more often."""
 
 def range_probes(model: Model) -> Iterator[tuple[bytes, Path, dict[str, str]]]:
     """For every group of tensors: a serialized probe, the folder of its weights, and
-    {output name: tensor}; all FP32 and FP16 tensors of the main graph, each once."""
+    {output name: tensor}; all FP32 and FP16 tensors that the main graph computes, each once."""
     tensors = [t for n in model.graph.nodes for t in n.outputs if _measurable(t)]
     for start in range(0, len(tensors), _GROUP):
         names = {f"onnxq_probe_{i}": t.name for i, t in enumerate(tensors[start : start + _GROUP])}
