@@ -9,7 +9,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,7 @@ def quantize(
     device: Device = "auto",
     save_calib: PathLike | None = None,
     load_calib: Sequence[PathLike] = (),
+    announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Quantized:
     """Write a quantized copy of an ONNX model.
@@ -66,6 +67,7 @@ def quantize(
         calibrator: replaces the recipe's.
         memory: bytes of watched activations held at a time.
         save_calib, load_calib: keep the calibration table; use saved ones instead of data.
+        announce: is told the recipe, and why it was chosen, before anything that takes long.
 
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
@@ -81,6 +83,7 @@ def quantize(
     destination = _destination(source, output, chosen.name)
     _refuse_missing_data(chosen, data, load_calib)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
+    announce(report.title)
 
     graph, placement = _placed(source, chosen, target, report, precision)
     before = _facts_before(graph)

@@ -179,6 +179,7 @@ def quantize(
         model,
         calib=data if data.given else None,
         memory=parse_size(memory),
+        announce=click.echo,
         progress=progress,
         **options,
     )

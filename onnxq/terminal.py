@@ -84,9 +84,9 @@ def megabytes(size: float) -> str:
 
 
 def quantized_lines(result: Quantized) -> list[str]:
-    """What `quantize` did."""
+    """What `quantize` did, but for the recipe, which was announced before."""
     facts = result.report.facts
-    lines = [result.report.title, *_site_lines(facts["sites"]), *_precision_lines(result)]
+    lines = [*_site_lines(facts["sites"]), *_precision_lines(result)]
     before, after = facts["bytes_before"], facts["bytes_after"]
     lines.append(
         f"wrote {facts['output']}: {megabytes(after)}, {after / before:.2f} x of "

@@ -158,6 +158,22 @@ def test_data_without_a_recipe_chooses_the_static_one(folder: Path, cli: Cli) ->
     (folder / "chosen.onnx").unlink()
 
 
+@pytest.mark.parametrize("flags", [(), ("--quiet",)])
+def test_the_recipe_is_said_before_the_calibration(
+    flags: tuple[str, ...], folder: Path, cli: Cli
+) -> None:
+    (folder / "fails.py").write_text("def load_data():\n    raise RuntimeError('in the middle')\n")
+    words = (*flags, "quantize", "model.onnx", "-o", "said.onnx", "--calib")
+    failed = cli(*words, "fails.py", cwd=folder)
+    assert failed.returncode == 2 and "in the middle" in failed.stderr
+    assert failed.stdout.startswith("recipe fp8 for sm89: ") and failed.stdout.count("\n") == 1
+    done = cli(*words, "good.npz", cwd=folder)
+    assert done.stdout.startswith(failed.stdout) and done.stdout.count("recipe fp8") == 1
+    assert done.stderr == ""
+    (folder / "said.onnx").unlink()
+    (folder / "fails.py").unlink()
+
+
 def test_compare_fails_with_1_only_where_a_tolerance_is_missed(folder: Path, cli: Cli) -> None:
     made = cli("quantize", "model.onnx", "-o", "q.onnx", "--recipe", "int8-dynamic", cwd=folder)
     assert made.returncode == 0, made.stderr
