@@ -156,6 +156,25 @@ def test_no_kernel_for_a_type_says_so() -> None:
         open_session(proto.SerializeToString(), device="cpu")
 
 
+def test_four_bit_weights_leave_the_activations_as_they_are() -> None:
+    """ONNX Runtime's own fusion would quantize x to INT8 here, and lose 2 % of the outlier's row."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (128, 32)).astype(ml_dtypes.int4)
+    x = rng.standard_normal((16, 128)).astype(np.float32)
+    x[:, 3] *= 50
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    weights = {"w": codes, "s": np.full((4, 32), 0.01, np.float32)}
+    proto = model(nodes, {"x": (TensorProto.FLOAT, [16, 128])}, {"y": TensorProto.FLOAT}, weights)
+    (found,) = open_session(proto.SerializeToString(), device="cpu").run(None, {"x": x})
+    wanted = x.astype(np.float64) @ (codes.astype(np.float64) * np.float64(np.float32(0.01)))
+    # A sum of 128 float32 products, whatever its order.
+    size = np.abs(x).astype(np.float64) @ (np.abs(codes.astype(np.float64)) * 0.01)
+    assert (np.abs(found - wanted) <= 130 * 2.0**-24 * size).all()
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
 def test_a_missing_package_is_named_with_its_extra(
     package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
