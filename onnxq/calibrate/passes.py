@@ -39,7 +39,13 @@ class Opener:
         return session
 
 
-def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> list[list[str]]:
+def plan(
+    opener: Opener,
+    names: list[str],
+    feed: Feed,
+    memory: int | None,
+    held: Callable[[str, int], int] = lambda name, channels: 0,
+) -> list[list[str]]:
     """The names in groups whose values on `feed` fit `memory` bytes; at least one a group.
 
     Sizes come from the shapes that ONNX Runtime infers. Tensors with dimensions it does not know
@@ -47,6 +53,7 @@ def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> li
 
     Args:
         memory: None: as much again as the process takes with the model loaded, 1 GiB at least.
+        held: bytes a statistic of a tensor with so many channels (its last axis) keeps in a pass.
     """
     session = opener(names, keep=True)
     memory = _allowance() if memory is None else memory
@@ -55,13 +62,16 @@ def plan(opener: Opener, names: list[str], feed: Feed, memory: int | None) -> li
     shapes = {output.name: output for output in session.outputs}
     del session
     sizes = {name: _size(shapes[name], dims, longest) for name in names}
-    if sum(sizes.values()) > memory:
+    kept = {name: held(name, _channels(shapes[name], dims, longest)) for name in names}
+    if sum(sizes.values()) + sum(kept.values()) > memory:
         sure = {name: _size(shapes[name], dims, 0) for name in names}
         unknown = [name for name in names if not sure[name]]
         largest = max(sure.values()) or sum(array.nbytes for array in feed.values())
         measured = _in_growing_groups(opener, unknown, feed, largest, memory)
-        sizes |= {name: values.nbytes for name, values in measured}
-    return _packed(names, sizes, memory)
+        for name, values in measured:
+            sizes[name] = values.nbytes
+            kept[name] = held(name, values.shape[-1] if values.ndim else 1)
+    return _packed(names, {name: sizes[name] + kept[name] for name in names}, memory)
 
 
 def fetch(
@@ -132,6 +142,13 @@ def _size(output: InputSpec, dims: Mapping[str, int], unknown: int) -> int:
         known = dims.get(dim) if isinstance(dim, str) else dim
         size *= unknown if known is None else known
     return size
+
+
+def _channels(output: InputSpec, dims: Mapping[str, int], unknown: int) -> int:
+    """The size of the last axis, `unknown` where it is."""
+    last = (output.shape or (None,))[-1]
+    known = dims.get(last) if isinstance(last, str) else last
+    return unknown if known is None else known
 
 
 def _allowance() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
 from onnxq.calibrate.session import Device
-from onnxq.calibrate.statistics import NotFiniteError, Statistic, make
+from onnxq.calibrate.statistics import Gram, NotFiniteError, Statistic, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
@@ -60,7 +60,9 @@ def calibrate(
     collected = {tensor: make(names) for tensor, names in watched.items()}
     notes = list(samples.notes)
     opener = Opener(make_model, device, threads)
-    groups = plan(opener, list(watched), samples.largest(), memory) if watched else []
+    groups = (
+        plan(opener, list(watched), samples.largest(), memory, _held(watched)) if watched else []
+    )
     done, total = 0, len(groups) * len(samples)
     workers = threads or _cores()
     with ThreadPoolExecutor(workers) as pool:
@@ -74,12 +76,28 @@ def calibrate(
                 done += 1
                 progress("calibrate", done, total)
             del session  # its memory goes before the next pass's comes
+            if len(groups) > 1:
+                _park(collected[name] for name in group)
     return CalibrationTable(
         fingerprint=fingerprint,
         statistics=collected,
         data=(DataOrigin(samples.description, samples.digest, samples.count),),
         notes=tuple(notes),
     )
+
+
+def _held(watched: Mapping[str, str]) -> Callable[[str, int], int]:
+    """What a pass keeps beside the values: Gram matrices; all else is a few kilobytes."""
+    heavy = {name for name, names in watched.items() if Gram.name in names.split("+")}
+    return lambda name, channels: Gram.bytes_for(channels) if name in heavy else 0
+
+
+def _park(collected: Iterable[Mapping[str, Statistic]]) -> None:
+    """Several passes mean that memory is short: what is done waits on disk."""
+    for statistics in collected:
+        for statistic in statistics.values():
+            if isinstance(statistic, Gram):
+                statistic.park()
 
 
 def _update(

@@ -2,20 +2,23 @@
 
 A statistic takes arrays one after another (`update`), can be added to another of its kind (`merge`)
 and is the same, bit for bit, whatever the order and however the data was split: extremes and whole
-numbers are all it holds. It is asked for by name, several joined by "+":
+numbers are all it holds, but for `gram`, a sum of products, whose last bits the order decides. It
+is asked for by name, several joined by "+":
 
 | name              | holds                                                       | memory |
 |-------------------|-------------------------------------------------------------|--------|
 | `amax`            | smallest and largest value                                  | 16 B   |
 | `histogram`       | that, and counts of |x| in bins cut by the float's own bits | 57 KB  |
 | `channel_amax:-1` | max |x| of each index of one axis                           | 4 B each |
+| `gram`            | X^T X of the last axis (its channels), and the rows of X    | 4 B a pair |
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import IO, Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -152,10 +155,99 @@ class Histogram(Amax):
         self.bins = MagnitudeBins.from_arrays(arrays)
 
 
-# Ready for more (the Gram matrix X^T X is next): name -> what makes one from the text after ":".
+class Gram:
+    """X^T X over the last axis, FP32 [channels, channels], and the number of rows of X.
+
+    Every second-order method needs no more of a layer's input (`onnxq.algorithms.hessian`). Only
+    one triangle is summed, half the products; `matrix` gives both.
+    """
+
+    name: ClassVar[str] = "gram"
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._upper: NDArray[np.float32] | None = None
+        self._parked: IO[bytes] | None = None
+
+    @staticmethod
+    def bytes_for(channels: int) -> int:
+        """Bytes one takes."""
+        return 4 * channels**2
+
+    @property
+    def matrix(self) -> NDArray[np.float32]:
+        """X^T X / rows.
+
+        Raises:
+            OnnxqError: no row was seen.
+        """
+        found = self._state()
+        if found is None:
+            raise OnnxqError(
+                "a layer's input was empty throughout the calibration", "give data that reaches it"
+            )
+        upper = np.triu(found)
+        upper /= np.float32(self.rows)
+        return np.asarray(upper + np.triu(upper, 1).T)
+
+    def update(self, values: Array) -> None:
+        from scipy.linalg.blas import ssyrk
+
+        finite_extremes(values)
+        if not values.size:
+            return
+        rows = np.ascontiguousarray(as_float32(values).reshape(-1, values.shape[-1]))
+        total = self._state()
+        if total is not None and len(total) != rows.shape[1]:
+            raise _other_channels(rows.shape[1], len(total))
+        # BLAS counts columns first: its A is the rows' transpose as it lies, C its upper triangle.
+        self._upper = ssyrk(1.0, rows.T, 1.0, total, overwrite_c=1)
+        self.rows += len(rows)
+
+    def merge(self, other: Gram) -> None:
+        theirs, own = other._state(), self._state()
+        if theirs is None:
+            return
+        if own is not None and own.shape != theirs.shape:
+            raise _other_channels(len(theirs), len(own))
+        self._upper = np.asfortranarray(theirs if own is None else own + theirs)
+        self.rows += other.rows
+
+    def park(self) -> None:
+        """Move the sums to a nameless temporary file; whoever asks for them reads it again."""
+        if self._upper is not None:
+            self._parked = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
+            self._upper.T.tofile(self._parked)
+            self._upper = None
+
+    def _state(self) -> NDArray[np.float32] | None:
+        if self._upper is None and self._parked is not None:
+            self._parked.seek(0)
+            flat = np.fromfile(self._parked, np.float32)
+            return flat.reshape(math.isqrt(flat.size), -1).T
+        return self._upper
+
+    def arrays(self) -> dict[str, Array]:
+        rows, found = np.array(self.rows, np.int64), self._state()
+        return {"rows": rows} if found is None else {"rows": rows, "gram": found}
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        self.rows = int(arrays["rows"])
+        self._upper = np.asfortranarray(arrays["gram"], np.float32) if "gram" in arrays else None
+
+
+def _other_channels(found: int, before: int) -> OnnxqError:
+    return OnnxqError(
+        f"its last axis has {found} channels here and {before} before",
+        "the input of a layer needs a last axis whose size does not change",
+    )
+
+
+# Name -> what makes one from the text after ":".
 REGISTRY: dict[str, Callable[[str], Statistic]] = {
     Amax.name: lambda _: Amax(),
     Histogram.name: lambda _: Histogram(),
+    Gram.name: lambda _: Gram(),
     ChannelAmax.name: lambda axis: ChannelAmax(int(axis or -1)),
 }
 

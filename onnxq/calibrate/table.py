@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxq import __version__
 from onnxq.calibrate.ranges import choose
-from onnxq.calibrate.statistics import Amax, ChannelAmax, Histogram, Statistic, make
+from onnxq.calibrate.statistics import Amax, ChannelAmax, Gram, Histogram, Statistic, make
 from onnxq.errors import OnnxqError
 from onnxq.files import replacing
 
@@ -97,6 +97,20 @@ class CalibrationTable:
             f"the channels of {tensor!r} along axis {axis} were not calibrated", "calibrate again"
         )
 
+    def gram(self, tensor: str) -> NDArray[np.float32]:
+        """X^T X / rows over the last axis of `tensor`, FP32 [channels, channels].
+
+        Raises:
+            OnnxqError: it was not calibrated for that, or never held a value.
+        """
+        for statistic in self.of(tensor).values():
+            if isinstance(statistic, Gram):
+                return statistic.matrix
+        raise OnnxqError(
+            f"the Gram matrix of {tensor!r} was not calibrated",
+            "calibrate again with this recipe",
+        )
+
     def of(self, tensor: str) -> Mapping[str, Statistic]:
         """All statistics of one tensor.
 
@@ -119,7 +133,8 @@ class CalibrationTable:
     def digest(self) -> str:
         """SHA-256 of the model's fingerprint and all statistics, hexadecimal.
 
-        The same for the same samples, however they were ordered, batched, split and merged.
+        The same for the same samples, however they were ordered, batched, split and merged; where
+        Gram matrices are held, their last bits may differ.
         """
         total = hashlib.sha256(self.fingerprint.encode())
         for tensor, name, key, array in self._arrays():

@@ -1,0 +1,61 @@
+"""AWQ: make the weights that meet large activations large before rounding, and undo it outside.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978, section 3.2: x W =
+(x / s)(s W); inputs with a large s keep more of their weights' digits. s = magnitude(x)^alpha, with
+alpha searched. The paper scores an alpha by running the layer; here the error is tr(E^T H E), which
+is the same number for the calibration data without running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxq import numerics
+from onnxq.algorithms.hessian import output_errors
+from onnxq.formats import QuantScheme
+
+Matrix = NDArray[Any]
+
+ALPHAS = np.linspace(0.0, 1.0, 21)
+
+
+def search_channel_scales(
+    weights: Sequence[tuple[Matrix, QuantScheme]],
+    H: Matrix,
+    ties: Sequence[NDArray[np.int64]] = (),
+) -> tuple[NDArray[np.float32], float]:
+    """The channel scales s [K] of one input, and alpha; ones and 0.0 where nothing is gained.
+
+    Args:
+        weights: W [K, N] and how it is stored, of every layer that reads the input.
+        H: X^T X / n [K, K]; its diagonal's root is the magnitude (the paper takes mean |x|).
+        ties: channels that must share a scale (heads that read one key/value head).
+    """
+    magnitude = np.sqrt(np.maximum(np.diag(H).astype(np.float64), 0.0))
+    magnitude = np.maximum(magnitude, magnitude.max() * 1e-4 or 1.0)
+    for tied in ties:
+        magnitude[tied] = np.exp(np.log(magnitude[tied]).mean())
+    best, least, chosen = np.ones(len(magnitude), np.float32), np.inf, 0.0
+    for alpha in ALPHAS:
+        s = magnitude**alpha
+        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+        error = sum(float(output_errors(_error(W, s, scheme), H).sum()) for W, scheme in weights)
+        if error < least:
+            best, least, chosen = s, error, float(alpha)
+    return best, chosen
+
+
+def _error(W: Matrix, s: NDArray[np.float32], scheme: QuantScheme) -> Matrix:
+    """Q(s W) / s - W."""
+    scaled = W * s[:, None]
+    scale = numerics.scales_for(numerics.peaks(scaled, scheme.granularity), scheme)
+    step = numerics.steps(scale, scheme, W.shape)
+    error = numerics.nearest(scaled / step, scheme.format)
+    error *= step
+    error /= s[:, None]
+    error -= W
+    return error
