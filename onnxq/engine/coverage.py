@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from onnxq.engine import kernels
-from onnxq.engine.layers import EngineLayer
+from onnxq.engine.layers import EngineLayer, Tensor
 from onnxq.engine.shapes import Profile
 
 Kind = Literal["gemm", "conv", "attention"]
@@ -187,6 +187,14 @@ class _View:
         named = self.naming.get(name, [])
         return next((x for x in named if kernels.multiplies(x)), None)
 
+    def readers(self, tensors: Iterable[Tensor]) -> list[EngineLayer]:
+        """The layers that read the tensors, at once or behind kernels that only move values."""
+        found = [reader for t in tensors for reader in self.reading.get(t.name, [])]
+        for reader in found:  # grows meanwhile
+            if kernels.only_moves(reader):
+                found += [r for t in reader.outputs for r in self.reading.get(t.name, [])]
+        return found
+
 
 def _cover_multiply(node: WeightedNode, view: _View, profile: int) -> NodeCoverage:
     layer = view.multiplies(node.name)
@@ -239,14 +247,11 @@ def _raw_sums(layer: EngineLayer, view: _View) -> str:
     outputs = [t for t in layer.outputs if t.dtype == "fp16"]
     if layer.kind != "gemm" or not outputs or kernels.multiply_dtype(layer) not in ("int8", "fp8"):
         return ""
-    for tensor in outputs:
-        for reader in view.reading.get(tensor.name, []):
-            scales = any(c.elements > 1 and c.dtype in kernels.FLOATS for c in reader.constants)
-            if scales and kernels.is_elementwise(reader) and _share(reader, layer):
-                return (
-                    "the gemm stores unscaled sums in fp16, which can overflow: give its weight "
-                    "one scale, shared by all that multiply the same tensor"
-                )
+    if any(kernels.multiplies_by_vector(r) and _share(r, layer) for r in view.readers(outputs)):
+        return (
+            "the gemm stores unscaled sums in fp16, which can overflow: give its weight "
+            "one scale, shared by all that multiply the same tensor"
+        )
     return ""
 
 

@@ -13,7 +13,8 @@ FLOATS = ("fp32", "fp16", "bf16")
 
 _MULTIPLIES = ("gemm", "correlation", "convolution", "runtime_fusion", "gemv", "matmul")
 _ELEMENTWISE = "kgen"
-_RESHAPING = {"Cast", "Move", "Resh", "Tran", "Repl", "Conc", "Slic"}
+_MOVING = {"Move", "Resh", "Tran", "Repl", "Conc", "Slic"}
+_RESHAPING = _MOVING | {"Cast"}
 _QUANTIZING = _RESHAPING | {"Mul", "Div", "Min", "Max", "Roun"}
 _OPERATIONS = re.compile(r"^__myl_([A-Za-z]+?)_")
 
@@ -74,12 +75,31 @@ def operands(layer: EngineLayer) -> tuple[str, str]:
     return left, (others[0].dtype if others else left)
 
 
+def operations(layer: EngineLayer) -> tuple[str, ...]:
+    """What an elementwise kernel does, in order, by the compiler's words: `("Mul", "Add")`."""
+    match = _OPERATIONS.match(layer.name) if is_elementwise(layer) else None
+    return tuple(re.findall(r"[A-Z][a-z]*", match[1])) if match else ()
+
+
+def only_moves(layer: EngineLayer) -> bool:
+    """Whether an elementwise kernel changes no value."""
+    return bool(operations(layer)) and set(operations(layer)) <= _MOVING
+
+
+def multiplies_by_vector(layer: EngineLayer) -> bool:
+    """Whether an elementwise kernel multiplies what it reads by a vector of floats.
+
+    One that slices first does something else too: it takes the padding off a product's columns.
+    """
+    words = operations(layer)
+    vector = any(c.elements > 1 and c.dtype in FLOATS for c in layer.constants)
+    return vector and "Mul" in words and "Slic" not in words[: words.index("Mul")]
+
+
 def is_alone(layer: EngineLayer, *, quantize: bool) -> bool:
-    match = _OPERATIONS.match(layer.name)
-    if match is None or not is_elementwise(layer):
-        return False
-    operations = set(re.findall(r"[A-Z][a-z]*", match[1]))
-    if not operations <= _QUANTIZING or operations <= _RESHAPING - {"Cast"}:
+    """Whether a kernel's only job is a Q, or a DQ."""
+    words = set(operations(layer))
+    if not words or not words <= _QUANTIZING or words <= _MOVING:
         return False
     sources = [t for t in (*layer.inputs, *layer.constants) if t.elements != 1]
     narrow_in = any(t.dtype in NARROW for t in sources)

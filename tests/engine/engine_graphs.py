@@ -132,8 +132,9 @@ def linear(
     consumers: int = 1,
     bias: bool = True,
     gemm: bool = False,
+    columns: int = N,
 ) -> Form:
-    """x [B, S, K] (or [B, K] for Gemm) times one or several W [K, N].
+    """x [B, S, K] (or [B, K] for Gemm) times one or several W [K, columns].
 
     `weight` is how scales per output channel are given: `shared`: DequantizeLinear with one power
     of two for all consumers, and the rest of the scale in a Mul after the product; `own`: the same
@@ -143,12 +144,10 @@ def linear(
     x: list[int | str] = [2, 48, K] if static_shapes else ["B", "S", K]
     if gemm:
         x = [x[0], K]
-    weights = [
-        (g.random.normal(size=(K, N)) * g.random.uniform(0.02, 0.3, N) * (1 + 0.9 * index)).astype(
-            np.float32
-        )
-        for index in range(consumers)
-    ]
+    weights = []
+    for index in range(consumers):
+        normal, spread = g.random.normal(size=(K, columns)), g.random.uniform(0.02, 0.3, columns)
+        weights.append((normal * spread * (1 + 0.9 * index)).astype(np.float32))
     m = amax(g, "x", [-1]) if dynamic else ""
     source = g.op("Div", ["x", m]) if dynamic else "x"
     activation = g.quantized(source, fmt, 1 / QMAX[fmt] if dynamic else 0.03)
@@ -177,17 +176,17 @@ def linear(
             y = g.op("Mul", [y, m])
         if weight in ("shared", "own"):
             y = g.op("Mul", [y, g.constant(rest)])
-        b = g.random.normal(size=N).astype(np.float32)
+        b = g.random.normal(size=columns).astype(np.float32)
         if bias:
             y = g.op("Add", [y, g.constant(b)])
         out = g.op("Identity", [y], f"y{index}")
-        outputs[out] = [*x[:-1], N]
+        outputs[out] = [*x[:-1], columns]
         g.arrays.update(
             {
                 f"weight{index}": w,
                 f"codes{index}": stored.astype(np.float32),
                 f"acting{index}": acting,
-                f"bias{index}": b if bias else np.zeros(N, np.float32),
+                f"bias{index}": b if bias else np.zeros(columns, np.float32),
             }
         )
     shapes = ["x:1x64,8x64,32x64" if gemm else "x:1x1x64,2x32x64,4x64x64"]

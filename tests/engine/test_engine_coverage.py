@@ -146,6 +146,24 @@ def test_bare_sums_in_fp16_are_found(out: str, nodes: str, constants: str, flagg
     assert coverage.complete != flagged
 
 
+def test_a_padded_product_is_sliced_before_or_behind_its_scales() -> None:
+    """97 columns become 98: what takes them off names the gemm's node, whatever else it does."""
+    product = gemm("fp8 fp8", "a dq", "y fp16 -1,98")
+    node = WeightedNode("a", "gemm", "fp8")
+
+    def kernel(words: str, read: str, made: str, nodes: str) -> EngineLayer:
+        constants = "" if words == "Slic" else "v fp16 1,97"
+        return layer(f"__myl_{words}_myl0_2", "kgen", f"{read} fp16 -1,98", constants, made, nodes)
+
+    for words, flagged in (("SlicReshMulMulAdd", False), ("MulSlicReshMulAdd", True)):
+        after = kernel(words, "y", "z fp16 -1,97", "a dq mul add")
+        assert ("unscaled sums" in only(cover([product, after], [node]))[1]) == flagged
+    sliced = kernel("Slic", "y", "s fp16 -1,97", "a dq")
+    for nodes, flagged in (("rescale add", False), ("a dq add", True)):
+        layers = [product, sliced, kernel("MulAdd", "s", "z fp16 -1,97", nodes)]
+        assert ("unscaled sums" in only(cover(layers, [node]))[1]) == flagged
+
+
 ATTENTION = ("s", "p", "c")
 
 

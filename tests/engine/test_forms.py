@@ -187,6 +187,16 @@ FAULTY = {
         linear("fp8", weight="own", consumers=3, dynamic=True),
         "unscaled sums",
     ),
+    # An odd number of columns is padded: a kernel that slices names the gemm's node too.
+    "int8 per channel, 97 columns": (linear("int8", weight="channel", columns=97), "unscaled sums"),
+    "int8 per channel, 97 columns, dynamic": (
+        linear("int8", weight="channel", columns=97, dynamic=True),
+        "unscaled sums",
+    ),
+    "fp8 per channel, 97 columns each of q, k, v": (
+        linear("fp8", weight="channel", columns=97, consumers=3),
+        "unscaled sums",
+    ),
     "fp8 conv 7x7": (conv("fp8", kernel=7), "expanded to fp16"),
     "int4 per channel": (weight_only(None), "expanded to fp16"),
     "fp8 attention from 31": (attention("fp8", minimum=31), "starts at 32 or more"),
@@ -197,6 +207,13 @@ SOUND = {
     "int8, a scale each for q, k, v": linear("int8", weight="tensor", consumers=3),
     "int8 conv 7x7": conv("int8", kernel=7),
     "fp8 per tensor": linear("fp8", weight="tensor"),
+    "int8 dynamic, 97 columns": linear("int8", columns=97, dynamic=True),
+    "fp8 dynamic, 97 columns, fixed shapes": linear(
+        "fp8", columns=97, dynamic=True, gemm=True, static_shapes=True
+    ),
+    "int8 per tensor, 97 columns each of q, k, v": linear(
+        "int8", weight="tensor", columns=97, consumers=3, dynamic=True
+    ),
     "fp8 per channel, bf16": linear("fp8", weight="channel", base="bf16"),
 }
 
