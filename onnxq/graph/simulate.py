@@ -1,0 +1,133 @@
+"""Models that ONNX Runtime lacks kernels for, as exactly the same arithmetic in operators it has.
+
+FP4 weights           every value of E2M1 is one of E4M3: the same codes in 8 bits, the same scales
+E8M0 scales           powers of two: the same in FP32
+TensorRT's operators  see `tensorrt_ops`
+
+Nothing else of the graph changes; its FP16 stays FP16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq.errors import OnnxqError
+from onnxq.graph.constants import hoist_constants
+from onnxq.graph.dtypes import graph_dtype
+from onnxq.graph.edit import Editor
+from onnxq.graph.model import Model
+from onnxq.graph.query import type_number
+from onnxq.graph.reading import read_proto
+from onnxq.graph.save import save
+from onnxq.graph.tensorrt_ops import OPERATORS
+from onnxq.graph.weights import constant_type, original
+from onnxq.progress import Progress, silent
+
+_T = onnx.TensorProto
+_FP8 = int(_T.FLOAT8E4M3FN)
+_NARROW = {
+    int(getattr(_T, name)): becomes
+    for name, becomes in (("FLOAT4E2M1", _FP8), ("FLOAT8E8M0", int(_T.FLOAT)))
+    if hasattr(_T, name)  # an older onnx package does not know it, nor reads a file that has it
+}
+"""What ONNX Runtime does not compute with -> the type that holds the same values."""
+
+_TENSORRT = "trt"
+
+
+@contextmanager
+def runnable(path: Path, progress: Progress = silent) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A model to run in place of the one at `path`, and what must be said of that.
+
+    It is the file itself where ONNX Runtime has every kernel; else a simulated copy in a temporary
+    folder (TMPDIR), gone afterwards. Its weights are streamed there, FP4 at a byte each.
+
+    Raises:
+        OnnxqError: an operator of TensorRT in a form that is not simulated, or no space.
+    """
+    if path.suffix != ".onnx" or not _lacks_kernels(path):
+        yield path, ()
+        return
+    model = Model.load(path)
+    notes = simulate(model)
+    with tempfile.TemporaryDirectory(prefix="onnxq-simulated-") as folder:
+        written = save(model, Path(folder) / path.name, external=True, progress=progress)
+        yield written[0], notes
+
+
+def simulate(model: Model) -> tuple[str, ...]:
+    """Replace, in place, what ONNX Runtime has no kernel for; returns a note on what, if anything.
+
+    Raises:
+        OnnxqError: an operator of TensorRT in a form that is not simulated.
+    """
+    hoist_constants(model, only=_gives_narrow)
+    editor, counts = Editor(model), Counter[str]()
+    for node in list(model.graph.nodes):
+        if _is_tensorrts(node):
+            OPERATORS[node.op](editor, node)
+            counts[node.op] += 1
+    counts.update(_widen(editor))
+    editor.finish()
+    _retype(model)
+    if not counts:
+        return ()
+    what = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return (f"ran as a simulated graph, exact in ONNX operators: ONNX Runtime lacks {what}",)
+
+
+def _lacks_kernels(path: Path) -> bool:
+    try:
+        proto, _ = read_proto(path)
+    except OnnxqError:  # whoever opens it says what is wrong
+        return False
+    graph = proto.graph
+    inside = (a.t.data_type for n in graph.node if n.op_type == "Constant" for a in n.attribute)
+    types = {t.data_type for t in graph.initializer}.union(inside)
+    own = any(n.domain == _TENSORRT and n.op_type in OPERATORS for n in graph.node)
+    return own or bool(types & _NARROW.keys())
+
+
+def _is_tensorrts(node: gs.Node) -> bool:
+    return node.domain == _TENSORRT and node.op in OPERATORS
+
+
+def _gives_narrow(node: gs.Node) -> bool:
+    value = node.attrs.get("value")
+    return isinstance(value, gs.Constant) and constant_type(value) in _NARROW
+
+
+def _widen(editor: Editor) -> Iterator[str]:
+    """Let narrow constants be of the type that holds their values; what each was."""
+    narrow = {
+        t.name: t
+        for node in editor.model.graph.nodes
+        for t in node.inputs
+        if isinstance(t, gs.Constant) and constant_type(t) in _NARROW
+    }
+    for old in narrow.values():
+        number = constant_type(old)
+        values = _widened(old, np.float32 if _NARROW[number] != _FP8 else ml_dtypes.float8_e4m3fn)
+        editor.redirect(old, editor.derived(old.name, _NARROW[number], old.shape, values))
+        yield f"{_T.DataType.Name(number)} tensors"
+
+
+def _widened(old: gs.Constant, dtype: Any) -> Callable[[], Any]:
+    return lambda: original(old).astype(np.float32).astype(dtype)
+
+
+def _retype(model: Model) -> None:
+    """Computed tensors that pass such values on have the wider type too."""
+    for tensor in model.graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and type_number(tensor) in _NARROW:
+            tensor.dtype = graph_dtype(_NARROW[type_number(tensor)])
