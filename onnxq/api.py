@@ -247,6 +247,7 @@ def compare(
     from onnxq.evaluate.compare import compare as compare_models
     from onnxq.evaluate.watching import layer_errors
     from onnxq.graph.model import Model
+    from onnxq.graph.simulate import runnable
 
     reference, other, given = Path(model), Path(candidate), Data.of(data)
     if not given.given:
@@ -278,7 +279,9 @@ def compare(
             progress=progress,
         )
     if per_layer:
-        errors = layer_errors(graph, Model.load(other), samples, device=device, progress=progress)
+        with runnable(other) as (usable, _):
+            inner = Model.load(usable)
+            errors = layer_errors(graph, inner, samples, device=device, progress=progress)
         comparison = dataclasses.replace(comparison, layers={"candidate": errors})
     passed = all(row.passed for row in comparison.rows if row.candidate == "candidate")
     facts = {"model": reference, "candidate": other, "comparison": comparison.as_dict()}

@@ -62,15 +62,28 @@ def compare(
         raise OnnxqError("a comparison needs a reference and at least one other model")
     if not len(samples):
         raise OnnxqError("there is no sample to compare on")
-    opened = [
-        model if isinstance(model, Model) else any_model(label, model, outputs, device)
-        for label, model in models.items()
-    ]
-    with spool() as kept, saving_outputs(save_outputs) as save:
+    with ExitStack() as stack, spool() as kept, saving_outputs(save_outputs) as save:
+        opened = [
+            model if isinstance(model, Model) else _ready(stack, label, model, outputs, device)
+            for label, model in models.items()
+        ]
         run = _Run(opened, samples, outputs or (), kept, save, progress)
         if not run.side_by_side(sequential):
             run.one_after_the_other()
     return run.result(Tolerances(min_snr, min_cosine, max_abs_error, min_equal))
+
+
+def _ready(
+    stack: ExitStack, label: str, path: Path, outputs: Sequence[str] | None, device: Device
+) -> Model:
+    """The model at `path`; a simulated copy, kept as long as `stack`, where kernels are lacking."""
+    from onnxq.graph.simulate import runnable
+
+    usable, notes = stack.enter_context(runnable(path))
+    model = any_model(label, usable, outputs, device)
+    for note in notes:
+        model.note(note)
+    return model
 
 
 class _Run:

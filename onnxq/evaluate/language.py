@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ class LanguageModel:
     cache (any input whose name starts with "past") is empty.
     """
 
-    def __init__(self, model: Path, device: Device = "auto") -> None:
+    def __init__(self, model: Path, device: Device = "auto", name: Path | None = None) -> None:
         """Open `model`.
+
+        Args:
+            name: the file that errors speak of, where `model` stands for it.
 
         Raises:
             OnnxqError: unreadable, no input_ids, or no output that can be logits.
         """
-        self._path = model
+        self._path = name or model
         self._session = open_session(model, device=device)
         self._specs = {spec.name: spec for spec in self._session.inputs}
         if _TOKENS not in self._specs:
@@ -106,6 +111,22 @@ class LanguageModel:
                 f"a window is {list(shape)}",
                 "choose the window the model was exported for",
             )
+
+
+@contextmanager
+def language_model(
+    path: Path, device: Device = "auto"
+) -> Iterator[tuple[LanguageModel, list[str]]]:
+    """The language model at `path`, and how it was run; simulated where ONNX Runtime lacks kernels.
+
+    Raises:
+        OnnxqError: as `LanguageModel`.
+    """
+    from onnxq.graph.simulate import runnable
+
+    with runnable(path) as (usable, notes):
+        model = LanguageModel(usable, device, name=path)
+        yield model, [*notes, *model.notes]
 
 
 def _empty_cache(shape: Any) -> list[int]:

@@ -10,6 +10,7 @@ of a vocabulary of 49152), times two with a reference.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.errors import OnnxqError, missing_package
-from onnxq.evaluate.language import LanguageModel
+from onnxq.evaluate.language import LanguageModel, language_model
 from onnxq.evaluate.likelihood import WindowScores, score
 from onnxq.evaluate.metrics import jsonable
 from onnxq.evaluate.runners import Device
@@ -112,10 +113,13 @@ def perplexity(
     if window < 2 or (limit is not None and limit < 1):
         raise OnnxqError("perplexity needs windows of 2 tokens or more, and at least one window")
     windows = text_windows(text, tokenizer, window)[:limit]
-    ours = LanguageModel(model, device)
-    theirs = LanguageModel(reference, device) if reference else None
-    scored = _scores(ours, theirs, windows, progress)
-    notes = [*ours.notes, *(f"reference: {note}" for note in (theirs.notes if theirs else ()))]
+    with ExitStack() as stack:
+        ours, notes = stack.enter_context(language_model(model, device))
+        theirs = None
+        if reference is not None:
+            theirs, said = stack.enter_context(language_model(reference, device))
+            notes += [f"reference: {note}" for note in said]
+        scored = _scores(ours, theirs, windows, progress)
     return _summary(scored, notes)
 
 
