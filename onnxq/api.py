@@ -324,13 +324,12 @@ def _placed(
     source: Path, recipe: Recipe, target: str, report: Report, precision: Precision = "keep"
 ) -> tuple[Model, Placement]:
     """Load, prepare and place; what that changed or found goes into the report."""
-    from onnxq.formats import quant_format
     from onnxq.graph.model import Model
     from onnxq.graph.precision import BASES
     from onnxq.graph.prepare import prepare
     from onnxq.placement import place
 
-    opset = quant_format(recipe.weights).min_opset
+    opset = recipe.min_opset
     if precision != "keep":
         opset = max(opset, BASES[precision].min_opset)
     model, edits = prepare(Model.load(source), opset)

@@ -13,7 +13,7 @@ from onnxq.errors import OnnxqError
 
 @dataclass(frozen=True)
 class Target:
-    """One compute capability, with the matrix formats its tensor cores multiply."""
+    """One compute capability, and what the compiler makes run on it."""
 
     name: str
     capability: tuple[int, int]
@@ -21,9 +21,21 @@ class Target:
     ahead_of_time: bool
 
     def runs(self, format_name: str) -> bool:
-        """Whether matrix products in the format (a row of `formats`) run natively."""
-        needed = {"int8": (7, 5), "fp8": (8, 9), "int4": (7, 5), "nvfp4": (10, 0), "mxfp8": (10, 0)}
-        return self.capability >= needed[format_name]
+        """Whether a format (a row of `formats`) can be part of a product here.
+
+        Of 8 bits, NVFP4 and MXFP8 both operands are; INT4 is expanded inside the kernel.
+        """
+        if format_name not in _NEEDED:
+            return False
+        return self.capability >= _NEEDED[format_name]
+
+    @property
+    def fuses_weight_only(self) -> bool:
+        """Whether a narrow weight and a wide activation are multiplied by one kernel."""
+        return self.capability >= (8, 0)
+
+
+_NEEDED = {"int8": (7, 5), "int4": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
 
 
 TARGETS = {

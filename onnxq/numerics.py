@@ -63,6 +63,16 @@ def extremes(values: FloatArray, granularity: Granularity) -> tuple[FloatArray, 
         )
 
 
+def scale_shape(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
+    """The shape of the scales of a tensor of `shape`."""
+    if isinstance(granularity, PerTensor):
+        return ()
+    axis = granularity.axis % len(shape)
+    if isinstance(granularity, PerChannel):
+        return (shape[axis],)
+    return tuple(-(-n // granularity.size) if i == axis else n for i, n in enumerate(shape))
+
+
 def scales_for(peak: FloatArray, scheme: QuantScheme) -> FloatArray:
     """Scales that map each `peak` to the format's largest code, positive and finite.
 

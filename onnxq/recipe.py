@@ -4,59 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from onnxq.errors import OnnxqError
-from onnxq.formats import quant_format
+from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme, quant_format
 from onnxq.gpus import Target
+from onnxq.rules import CHOICES, Choice, Rule, check_choice, parse_rule, rule_from
+
+__all__ = [
+    "Recipe",
+    "Rule",
+    "check_calibrator",
+    "default_for",
+    "from_dict",
+    "load",
+    "parse_rule",
+    "presets",
+]
 
 Mode = Literal["static", "dynamic"]
-Choice = Literal["quantize", "leave"]
-
 _CALIBRATORS = ("max", "percentile", "entropy", "mse")
 _OPS = ("MatMul", "Gemm", "Conv")
-_CHOICES = ("quantize", "leave")
+_LEAST_BLOCK = 16
 
-
-@dataclass(frozen=True)
-class Rule:
-    """Overrides the placement of the nodes it matches; of several rules the last one wins.
-
-    Every pattern given must match. A pattern is the exact text, or a glob where it holds `*` or
-    `?`. A rule that matches no node is an error.
-
-    Attributes:
-        action: `leave` or `quantize`.
-        node: the node's name.
-        weight: the name of its weight's initializer.
-        module: the module path in the node's metadata.
-        op: the operator type.
-    """
-
-    action: Choice
-    node: str = ""
-    weight: str = ""
-    module: str = ""
-    op: str = ""
-
-    def __post_init__(self) -> None:
-        if not (self.node or self.weight or self.module or self.op):
-            raise OnnxqError(
-                f"the rule '{self.action}' has no pattern, and would match everything",
-                "give it node=, weight=, module= or op= with a name or a glob such as *",
-            )
-
-    def as_dict(self) -> dict[str, str]:
-        """The action and the patterns given."""
-        return {name: text for name, text in asdict(self).items() if text}
-
-    def __str__(self) -> str:
-        patterns = [f"{k}={v}" for k, v in self.as_dict().items() if k != "action"]
-        return " ".join((self.action, *patterns))
+# What both operands of a product may be: the pairs for which TensorRT has a kernel, and UINT4.
+_PARTNERS = {
+    "int8": ("int8", "none"),
+    "fp8": ("fp8", "none"),
+    "int4": ("none", "fp8", "int8"),
+    "uint4": ("none",),
+    "nvfp4": ("nvfp4",),
+    "mxfp8": ("mxfp8",),
+}
 
 
 @dataclass(frozen=True)
@@ -67,8 +50,11 @@ class Recipe:
         name: preset's name, or the file's.
         description: a sentence for people.
         weights: format of the weights.
-        weight_granularity: `channel` (one scale an output channel) or `tensor`.
-        activations: format of the activations.
+        weight_granularity: `channel` (one scale an output channel) or `tensor`; formats that come
+            in blocks have a scale a block whatever it says.
+        block_size: elements under one scale of a 4-bit weight; a power of two. A layer whose
+            length it does not divide gets a smaller one. 0: the format says.
+        activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
         calibrator: `max`, `percentile:99.99`, `entropy` or `mse`.
         attention: quantize the two products and the probabilities of each attention.
@@ -82,6 +68,7 @@ class Recipe:
     description: str = ""
     weights: str = "fp8"
     weight_granularity: Literal["channel", "tensor"] = "channel"
+    block_size: int = 0
     activations: str = "fp8"
     mode: Mode = "static"
     calibrator: str = "max"
@@ -98,7 +85,30 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether a calibration is needed."""
-        return self.mode == "static"
+        return self.mode == "static" and self.activations not in ("none", "mxfp8")
+
+    @property
+    def weight_format(self) -> QuantFormat:
+        """The row of `weights`."""
+        return quant_format(self.weights)
+
+    @property
+    def activation_format(self) -> QuantFormat | None:
+        """The row of `activations`; None where they stay as they are."""
+        return None if self.activations == "none" else quant_format(self.activations)
+
+    @property
+    def block(self) -> int:
+        """Elements under one scale of a weight, as far as its length allows; 0: no blocks."""
+        return self.weight_format.block or self.block_size
+
+    @property
+    def min_opset(self) -> int:
+        """First opset that can say what it asks for."""
+        scheme = QuantScheme(
+            self.weight_format, PerBlock(0, self.block) if self.block else PerTensor(), ""
+        )
+        return max(scheme.min_opset, getattr(self.activation_format, "min_opset", 0))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data as YAML and JSON have it; `from_dict` reads it back."""
@@ -132,16 +142,17 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
         )
     values = {"name": Path(source).stem, **content}
     _check_types(f"recipe {source}", values)
-    values["rules"] = tuple(_rule(r, f"recipe {source}") for r in values.get("rules", ()))
+    values["rules"] = tuple(rule_from(r, f"recipe {source}") for r in values.get("rules", ()))
     values["ops"] = tuple(values.get("ops", _OPS))
     return Recipe(**values)
 
 
 def _check_types(where: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        kind = {"attention": bool, "ops": list, "rules": list}.get(name, str)
-        if not isinstance(value, (list, tuple) if kind is list else kind):
-            word = {bool: "true or false", list: "a list", str: "text"}[kind]
+        kind = {"attention": bool, "block_size": int, "ops": list, "rules": list}.get(name, str)
+        wrong = isinstance(value, bool) and kind is not bool
+        if wrong or not isinstance(value, (list, tuple) if kind is list else kind):
+            word = {bool: "true or false", int: "a number", list: "a list", str: "text"}[kind]
             raise OnnxqError(f"{where}: {name} is {value!r}", f"{name} takes {word}")
 
 
@@ -152,24 +163,40 @@ def _check_values(recipe: Recipe) -> None:
             f"{where}: its name cannot be part of a file's name",
             "use letters, digits and . _ + -",
         )
-    for name in (recipe.weights, recipe.activations):
-        quant_format(name)
-    _check_choice(where, "mode", recipe.mode, ("static", "dynamic"))
-    _check_choice(where, "weight_granularity", recipe.weight_granularity, ("channel", "tensor"))
+    _check_formats(recipe, where)
+    check_choice(where, "mode", recipe.mode, ("static", "dynamic"))
+    check_choice(where, "weight_granularity", recipe.weight_granularity, ("channel", "tensor"))
     for name in ("lm_head", "first", "last"):
-        _check_choice(where, name, getattr(recipe, name), _CHOICES)
+        check_choice(where, name, getattr(recipe, name), CHOICES)
     for op in recipe.ops:
-        _check_choice(where, "ops", op, _OPS)
+        check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
-    if recipe.weights != recipe.activations:
-        raise OnnxqError(
-            f"{where}: weights {recipe.weights} with activations {recipe.activations}",
-            "both operands of a matrix product must have one format",
-        )
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
         raise OnnxqError(
             f"{where}: attention in {recipe.activations} {recipe.mode}",
             "TensorRT fuses quantized attention in static fp8 only",
+        )
+
+
+def _check_formats(recipe: Recipe, where: str) -> None:
+    weights = recipe.weight_format
+    if recipe.activations not in _PARTNERS[weights.name]:
+        raise OnnxqError(
+            f"{where}: weights {recipe.weights} with activations {recipe.activations}",
+            f"{recipe.weights} weights go with: {', '.join(_PARTNERS[weights.name])}",
+        )
+    size, both = recipe.block_size, weights.bits == 4 and not weights.block
+    if both and (size < _LEAST_BLOCK or size & (size - 1)):
+        raise OnnxqError(
+            f"{where}: block_size {size} for {recipe.weights} weights",
+            "give a power of two from 16, such as 32, 64 or 128",
+        )
+    if not both and size not in (0, weights.block):
+        raise OnnxqError(
+            f"{where}: block_size {size} for {recipe.weights} weights",
+            f"{recipe.weights} comes in blocks of {weights.block}"
+            if weights.block
+            else "8-bit weights have a scale a channel: TensorRT has no fused kernel for blocks",
         )
 
 
@@ -190,38 +217,6 @@ def check_calibrator(text: str) -> tuple[str, float | None]:
     elif name in _CALIBRATORS and not colon:
         return name, None
     raise OnnxqError(f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy or mse")
-
-
-def _rule(content: Any, where: str) -> Rule:
-    if isinstance(content, str):
-        return parse_rule(content)
-    allowed = [f.name for f in fields(Rule)]
-    if not isinstance(content, Mapping) or not set(content) <= set(allowed):
-        raise OnnxqError(
-            f"{where}: a rule cannot be read: {content!r}",
-            f"a rule has an action and patterns: {', '.join(allowed[1:])}",
-        )
-    _check_choice(where, "action", content.get("action"), _CHOICES)
-    if not all(isinstance(v, str) for v in content.values()):
-        raise OnnxqError(f"{where}: a rule's patterns are text: {content!r}", "quote them")
-    return Rule(**content)
-
-
-def parse_rule(text: str) -> Rule:
-    """Read `leave module=model.layers.0.*` or `quantize op=Gemm node=/fc1`."""
-    action, _, rest = text.strip().partition(" ")
-    content = {"action": action}
-    for pattern in re.split(r"\s+(?=\w+=)", rest.strip()):
-        key, _, value = pattern.partition("=")
-        if key in content:
-            raise OnnxqError(f"the rule {text!r} has two patterns for {key}", "write two rules")
-        content[key] = value
-    return _rule(content, f"the rule {text!r}")
-
-
-def _check_choice(where: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OnnxqError(f"{where}: {name} is {value!r}", f"choose one of: {', '.join(allowed)}")
 
 
 def _shallow(recipe: Recipe) -> dict[str, Any]:

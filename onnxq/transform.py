@@ -10,14 +10,15 @@ import numpy as np
 
 from onnxq import numerics
 from onnxq.calibrate.table import CalibrationTable
-from onnxq.errors import OnnxqError
-from onnxq.formats import PerChannel, PerTensor, QuantFormat, QuantScheme, quant_format
+from onnxq.coding import Coder
+from onnxq.formats import QuantFormat
+from onnxq.graph.dtypes import value_dtype
 from onnxq.graph.edit import Editor
-from onnxq.graph.emit import CodedWeight, Emitter
+from onnxq.graph.emit import Emitter
 from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand
-from onnxq.graph.weights import array, numpy_dtype
+from onnxq.graph.weights import array
 from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
@@ -29,9 +30,6 @@ SOFTMAX_PEAK = 1.0
 
 Ranges = dict[tuple[int, int], float]
 """(id(node), input index) -> magnitude the largest code stands for."""
-
-Coded = dict[tuple[Any, ...], CodedWeight]
-"""What weights were rounded to, by the constant, its layout and the scheme."""
 
 
 def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
@@ -56,9 +54,11 @@ def watched_tensors(placement: Placement) -> list[str]:
 
 def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges:
     """Ranges by input; taken before the base precision is converted, which renames tensors."""
-    recipe = placement.recipe
+    recipe, fmt = placement.recipe, placement.recipe.activation_format
+    # The scales of blocks follow the values: the tensor's has to hold the largest.
+    method = "max" if fmt is not None and fmt.block else recipe.calibrator
     return {
-        (id(node), i): table.range(node.inputs[i].name, recipe.calibrator, recipe.activations)
+        (id(node), i): table.range(node.inputs[i].name, method, recipe.activations)
         for node, i in _static_inputs(placement)
     }
 
@@ -71,9 +71,9 @@ def settle(placement: Placement, ranges: Ranges | None) -> Placement:
     Args:
         ranges: of `activation_ranges`; None for dynamic recipes, which have none to fit.
     """
-    if ranges is None:
+    fmt = placement.recipe.activation_format
+    if ranges is None or fmt is None:
         return placement
-    fmt = quant_format(placement.recipe.activations)
     return replace(
         placement, decisions=tuple(_settled(d, fmt, ranges) for d in placement.decisions)
     )
@@ -88,7 +88,8 @@ def _settled(decision: Decision, fmt: QuantFormat, ranges: Ranges) -> Decision:
         )
     try:
         for node, index in _measured_inputs(decision.site):
-            numerics.activation_scale(ranges[id(node), index], fmt, _dtype(node.inputs[index]))
+            dtype = np.float32 if fmt.two_level else _dtype(node.inputs[index])
+            numerics.activation_scale(ranges[id(node), index], fmt, dtype)
     except numerics.ScaleRangeError as error:
         return Decision(decision.site, False, str(error))
     return decision
@@ -110,17 +111,16 @@ def apply_placement(
         OnnxqError: a weight or a range is not finite.
     """
     editor = Editor(model)
-    emitter = Emitter(editor, quant_format(placement.recipe.weights))
-    edits: list[Edit] = []
-    known: Coded = {}
+    emitter, coder = Emitter(editor), Coder(placement.recipe)
+    edits = []
     done, total = 0, len(placement.quantized)
     for group in _groups(placement):
         if group[0].attention is not None:
             assert ranges is not None  # recipes quantize attention with static scales only
             for site in group:
-                _quantize_attention(emitter, site, ranges)
+                _quantize_attention(emitter, site, placement.recipe, ranges)
         else:
-            _quantize_layers(emitter, group, placement.recipe, ranges, known)
+            _quantize_layers(emitter, coder, group, ranges)
         done += len(group)
         progress("quantizing", done, total)
     for decision in placement.decisions:
@@ -140,94 +140,55 @@ def _groups(placement: Placement) -> list[list[Site]]:
 
 
 def _quantize_layers(
-    emitter: Emitter, sites: list[Site], recipe: Recipe, ranges: Ranges | None, known: Coded
+    emitter: Emitter, coder: Coder, sites: list[Site], ranges: Ranges | None
 ) -> None:
-    """Layers that read one tensor: the compiler makes one product of them, with one scale."""
-    dtype = _dtype(sites[0].node.inputs[0])
-    weights = [_weight_peaks(s, emitter.fmt, recipe) for s in sites]
-    schemes, behind = _schemes(weights, dtype)
-    for site, scheme, (_, peak) in zip(sites, schemes, weights, strict=True):
-        gain = _take_alpha(emitter.editor, site.node) if dtype.itemsize == 2 else 1.0
-        coded = _rounded(_operand(site), scheme, peak, behind, known)
-        weight, ratio = emitter.weight(_operand(site), coded, site.node, gain)
-        _quantize_product(emitter, site, weight, ratio, ranges)
+    """Layers that read one tensor."""
+    recipe, dtype = coder.recipe, _dtype(sites[0].node.inputs[0])
+    for site, coded in zip(sites, coder.code(sites, dtype), strict=True):
+        node, rank = site.node, len(_operand(site).shape)
+        kept = recipe.activation_format is None or dtype.itemsize > 2
+        gain = 1.0 if kept else _take_alpha(emitter.editor, node)
+        weight, behind = emitter.weight(_operand(site), coded, dtype, node, gain)
+        node.inputs[0], factors = _activation(emitter, site, recipe, ranges)
+        node.inputs[1] = weight
+        factors = ([] if behind is None else [behind]) + factors
+        bias = _take_bias(emitter.editor, site, rank) if factors else None
+        emitter.finish_product(node, factors, bias)
 
 
-def _weight_peaks(site: Site, fmt: QuantFormat, recipe: Recipe) -> tuple[QuantScheme, Any]:
-    """How a weight is divided into scales, and the largest magnitude under each."""
-    axis = output_axis(site)
-    each = PerTensor() if recipe.weight_granularity == "tensor" else PerChannel(axis)
-    peak = numerics.peaks(_operand(site).load(), each)
-    if not np.isfinite(peak).all():
-        raise OnnxqError(
-            f"weight {site.weight_name!r} of {site.name!r} holds NaN or infinite values",
-            f"export a sound model, or leave the layer: --rule 'leave weight={site.weight_name}'",
-        )
-    return QuantScheme(fmt, each, "float32"), peak
+def _activation(
+    emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges | None
+) -> tuple[Tensor, list[Tensor]]:
+    """What the product reads, and what it is to be multiplied by."""
+    node, fmt = site.node, recipe.activation_format
+    tensor = node.inputs[0]
+    if fmt is None:
+        return tensor, []
+    if fmt.block and not fmt.two_level:
+        return emitter.blocks(tensor, fmt, None, node), []
+    if recipe.mode == "static":
+        assert ranges is not None  # they are what such a recipe needs data for
+        return _static(emitter, node, 0, fmt, ranges[id(node), 0]), []
+    axes = [-1] if site.kind == "linear" else list(range(1, len(_operand(site).shape)))
+    normal, peak = emitter.normalized(tensor, axes, node)
+    return _scaled(emitter, normal, fmt, 1.0, node), [peak]
 
 
-def _schemes(weights: list[tuple[QuantScheme, Any]], dtype: Any) -> tuple[list[QuantScheme], bool]:
-    """The weights' schemes in the type of the activations, and whether scales go behind products.
-
-    In 16 bits DequantizeLinear gets one scale, a unit of all of them; weights that have one scale
-    between them need nothing behind.
-    """
-    if dtype.itemsize > 2:
-        return [scheme for scheme, _ in weights], False
-    scales = [numerics.scales_for(peak, scheme) for scheme, peak in weights]
-    schemes = [replace(scheme, scale_type=dtype.name) for scheme, _ in weights]
-    one = all(s.ndim == 0 and s == scales[0] for s in scales)
-    if one and scales[0] >= numerics.smallest_normal(dtype):
-        return schemes, False
-    unit = numerics.common_scale(scales, dtype)
-    return [scheme.with_unit(unit) for scheme in schemes], True
+def _static(emitter: Emitter, node: Node, index: int, fmt: QuantFormat, peak: float) -> Tensor:
+    return _scaled(emitter, node.inputs[index], fmt, peak, node)
 
 
-def _rounded(
-    operand: ConstantOperand, scheme: QuantScheme, peak: Any, behind: bool, known: Coded
-) -> CodedWeight:
-    """The weight rounded to nearest; the same object for all layers that use it alike."""
-    key = (id(operand.constant), operand.permutation, scheme, behind)
-    if key not in known:
-        scale = numerics.scales_for(peak, scheme)
-        known[key] = CodedWeight(
-            scheme, scale, lambda: numerics.quantize(operand.load(), scale, scheme), behind
-        )
-    return known[key]
-
-
-def _quantize_product(
-    emitter: Emitter, site: Site, weight: Tensor, ratio: Tensor | None, ranges: Ranges | None
-) -> None:
-    node, rank = site.node, len(_operand(site).shape)
-    factors = [] if ratio is None else [ratio]
-    if ranges is not None:
-        node.inputs[0] = _static(emitter, node, 0, ranges[id(node), 0])
-    else:
-        axes = [-1] if site.kind == "linear" else list(range(1, rank))
-        node.inputs[0], peak = emitter.dynamic(node.inputs[0], axes, node)
-        factors.append(peak)
-    node.inputs[1] = weight
-    bias = _take_bias(emitter.editor, site, rank) if factors else None
-    emitter.finish_product(node, factors, bias)
-
-
-def _static(emitter: Emitter, node: Node, index: int, peak: float) -> Tensor:
-    tensor = node.inputs[index]
-    scale = numerics.activation_scale(peak, emitter.fmt, _dtype(tensor))
-    return emitter.static(tensor, scale, node)
+def _scaled(emitter: Emitter, tensor: Tensor, fmt: QuantFormat, peak: float, node: Node) -> Tensor:
+    """`tensor` quantized under the scale that its largest magnitude, `peak`, asks for."""
+    if fmt.two_level:
+        return emitter.blocks(tensor, fmt, numerics.tensor_unit(peak, fmt), node)
+    scale = numerics.activation_scale(peak, fmt, _dtype(tensor))
+    return emitter.static(tensor, scale, fmt, node)
 
 
 def _operand(site: Site) -> ConstantOperand:
     assert site.operand is not None  # placement quantizes nothing else but attentions
     return site.operand
-
-
-def output_axis(site: Site) -> int:
-    """Axis of the weight that runs over output channels."""
-    if site.kind == "conv" or site.node.attrs.get("transB", 0):
-        return 0
-    return 1
 
 
 def _take_alpha(editor: Editor, node: Node) -> float:
@@ -262,19 +223,18 @@ def _take_bias(editor: Editor, site: Site, rank: int) -> Tensor | None:
     )
 
 
-def _quantize_attention(emitter: Emitter, site: Site, ranges: Ranges) -> None:
+def _quantize_attention(emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges) -> None:
     """Q/DQ right at q, k, v and the probabilities: all four, or TensorRT fuses none."""
-    attention = site.attention
-    assert attention is not None
+    attention, fmt = site.attention, recipe.activation_format
+    assert attention is not None and fmt is not None
     scores, values = attention.scores, attention.values
     factor = emitter.scale_before_product(scores)
     for node, index in _measured_inputs(site):
         peak = ranges[id(node), index] * (factor if node is scores and index == 0 else 1.0)
-        node.inputs[index] = _static(emitter, node, index, peak)
-    values.inputs[0] = _static(emitter, values, 0, SOFTMAX_PEAK)
+        node.inputs[index] = _static(emitter, node, index, fmt, peak)
+    values.inputs[0] = _static(emitter, values, 0, fmt, SOFTMAX_PEAK)
 
 
 def _dtype(tensor: Tensor) -> Any:
     """The numpy (or ml_dtypes) type of an activation: its scales have the same."""
-    dtype = tensor.dtype
-    return numpy_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)
+    return value_dtype(tensor.dtype)

@@ -13,7 +13,6 @@ from core_graphs import Net, initializer, placed, quantized, reasons, run, snr
 from core_oracle import dequantize_linear, quantize_linear
 
 import onnxq
-from onnxq.formats import FORMATS
 from onnxq.graph.attention import attentions, factors_behind
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit import Emitter
@@ -133,7 +132,7 @@ def test_the_factor_moves_onto_q_without_changing_the_numbers(how: Spelling) -> 
     model = net.loaded(21)
     (found,) = attentions(model)
     editor = Editor(model)
-    moved = Emitter(editor, FORMATS["fp8"]).scale_before_product(found.scores)
+    moved = Emitter(editor).scale_before_product(found.scores)
     editor.finish()
     behind = how.scale in ("mul", "mul-first", "div")
     assert moved == (0.25 if behind else 1.0)
@@ -150,7 +149,7 @@ def test_a_factor_that_is_no_power_of_two() -> None:
     net = attention_net(FIRST, head=48)
     model = net.loaded(21)
     editor = Editor(model)
-    moved = Emitter(editor, FORMATS["fp8"]).scale_before_product(attentions(model)[0].scores)
+    moved = Emitter(editor).scale_before_product(attentions(model)[0].scores)
     editor.finish()
     assert moved == pytest.approx(48**-0.5, rel=1e-7)
     before, after = run(net.model(), feeds(net))[0], run(model.export(), feeds(net))[0]

@@ -65,15 +65,34 @@ def test_a_rule_reads_what_it_prints(rule: Rule) -> None:
     assert r.parse_rule(str(rule)) == rule
 
 
+PRESETS = {
+    # weights, block, activations, data
+    "fp8": ("fp8", 0, "fp8", True),
+    "fp8-attention": ("fp8", 0, "fp8", True),
+    "fp8-dynamic": ("fp8", 0, "fp8", False),
+    "fp8-weight-only": ("fp8", 0, "none", False),
+    "int4-rtn": ("int4", 64, "none", False),
+    "int8": ("int8", 0, "int8", True),
+    "int8-dynamic": ("int8", 0, "int8", False),
+    "int8-weight-only": ("int8", 0, "none", False),
+    "mxfp8": ("mxfp8", 32, "mxfp8", False),
+    "nvfp4": ("nvfp4", 16, "nvfp4", False),
+    "w4a8-rtn": ("int4", 64, "int8", True),
+    "w4a8-rtn-dynamic": ("int4", 64, "int8", False),
+}
+
+
 def test_every_preset_loads_and_says_what_it_is() -> None:
-    assert list(r.presets()) == ["fp8", "fp8-attention", "fp8-dynamic", "int8", "int8-dynamic"]
+    assert r.presets().keys() >= PRESETS.keys()
     for name, preset in r.presets().items():
         assert preset.name == name and preset.description
         assert r.load(name) is preset
-        assert preset.needs_data == ("dynamic" not in name)
-        assert preset.weights == preset.activations == name[:4].rstrip("-")
         assert preset.attention == (name == "fp8-attention")
         assert preset.lm_head == "leave"
+    for name, (weights, block, activations, data) in PRESETS.items():
+        preset = r.load(name)
+        assert (preset.weights, preset.block) == (weights, block)
+        assert (preset.activations, preset.needs_data) == (activations, data)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -64,6 +64,11 @@ def graph_dtype(onnx_type: int) -> int | np.dtype[np.generic]:
     return onnx_type if onnx_type in _BY_NUMBER else numpy_dtype(onnx_type)
 
 
+def value_dtype(graph_type: object) -> np.dtype[np.generic]:
+    """The numpy (or ml_dtypes) dtype of a type as graphsurgeon keeps it."""
+    return numpy_dtype(graph_type) if isinstance(graph_type, int) else np.dtype(graph_type)  # type: ignore[call-overload]
+
+
 def onnx_number(graph_type: object) -> int:
     """The TensorProto.DataType of a type as graphsurgeon keeps it; 0 where it is unknown."""
     if graph_type is None:

@@ -68,6 +68,7 @@ class Editor:
         dtype: Any,
         shape: Sequence[Any] | None = None,
         like: gs.Node | None = None,
+        domain: str = "",
         **attrs: Any,
     ) -> gs.Tensor:
         """Add a node with one output and give that output back.
@@ -75,12 +76,23 @@ class Editor:
         Args:
             like: a node whose metadata (module path, stack trace) the new one shares.
         """
-        out = gs.Variable(self.unique(output), dtype=dtype, shape=shape)
-        new = gs.Node(op, self.unique(name), attrs, list(inputs), [out])
-        self.model.graph.nodes.append(new)
-        if like is not None:
-            self.model.inherit_metadata(new, like)
+        out = self.variable(output, dtype, shape)
+        self.add(gs.Node(op, name, attrs, list(inputs), [out], domain=domain or None), like)
         return out
+
+    def variable(self, name: str, dtype: Any, shape: Sequence[Any] | None) -> gs.Variable:
+        """A new tensor under a name that nothing has."""
+        return gs.Variable(self.unique(name), dtype=dtype, shape=shape)
+
+    def add(self, node: gs.Node, like: gs.Node | None = None) -> None:
+        """Add a node, renamed if its name is taken, and import its domain."""
+        node.name = self.unique(node.name)
+        imports = self.model.header.opset_import
+        if node.domain and all(entry.domain != node.domain for entry in imports):
+            imports.add(domain=node.domain, version=1)
+        self.model.graph.nodes.append(node)
+        if like is not None:
+            self.model.inherit_metadata(node, like)
 
     def replace_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Let input `index` of `node` read `tensor`."""

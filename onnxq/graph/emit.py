@@ -19,51 +19,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq import numerics
-from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme
+from onnxq.formats import QuantFormat
 from onnxq.graph.attention import factors_behind
+from onnxq.graph.dtypes import graph_dtype, value_dtype
 from onnxq.graph.edit import Editor
+from onnxq.graph.emit_blocks import fp4_blocks, mx_blocks
+from onnxq.graph.emit_weight import CodedWeight, dequantized
 from onnxq.graph.query import ConstantOperand, label, scalar
-from onnxq.graph.weights import numpy_dtype, onnx_dtype
 
-
-@dataclass(frozen=True, eq=False)
-class CodedWeight:
-    """A weight as it will be stored; written once for all layers that are given the same object.
-
-    Attributes:
-        scale: of `scheme.scale_type`, shaped as the scheme says.
-        produce: gives the codes, laid out as the node sees the weight, when they are written.
-        behind: DequantizeLinear gets the scheme's unit, and the scales multiply the product.
-    """
-
-    scheme: QuantScheme
-    scale: Any
-    produce: Callable[[], Any]
-    behind: bool = False
+T = TypeVar("T")
 
 
 class Emitter:
     """Adds Q/DQ to one model, one pair for all consumers of a tensor."""
 
-    def __init__(self, editor: Editor, fmt: QuantFormat) -> None:
-        self.editor, self.fmt = editor, fmt
-        self.code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
-        self._static: dict[tuple[int, bytes], gs.Tensor] = {}
-        self._dynamic: dict[tuple[int, str], tuple[gs.Tensor, gs.Tensor]] = {}
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self._made: dict[tuple[Any, ...], Any] = {}
         self._weights: dict[CodedWeight, gs.Tensor] = {}
         self._ratios: dict[tuple[CodedWeight, float], gs.Constant] = {}
         self._alive: list[gs.Tensor] = []
 
     def weight(
-        self, operand: ConstantOperand, coded: CodedWeight, like: gs.Node, gain: float = 1.0
+        self,
+        operand: ConstantOperand,
+        coded: CodedWeight,
+        dtype: Any,
+        like: gs.Node,
+        gain: float = 1.0,
     ) -> tuple[gs.Tensor, gs.Constant | None]:
         """DequantizeLinear on the weight's codes, stored in few bits and laid out as it is used.
 
@@ -71,60 +61,73 @@ class Emitter:
         whoever else reads it (an embedding) still does.
 
         Args:
+            dtype: the type of the activations.
             gain: a factor of the product beside the scales.
 
         Returns:
             The dequantized weight, and what its product is to be multiplied by, or None.
         """
-        scale = np.asarray(coded.scale)
         if coded not in self._weights:
-            self._weights[coded] = self._weight(operand, coded, like)
-        weight = self._weights[coded]
-        if not coded.behind:
+            made = dequantized(self.editor, operand, coded, dtype, like)
+            if coded.expanded is not None:
+                fmt, scale = coded.expanded
+                made = self._pair(made, scale, fmt, like)
+            self._weights[coded] = made
+        factors = coded.behind
+        if factors is None:
             if gain == 1:
-                return weight, None
-            scale = np.ones((), scale.dtype)
+                return self._weights[coded], None
+            factors = np.ones((), dtype)
         gained = (coded, gain)
         if gained not in self._ratios:
             name = f"{operand.constant.name}_channel_scale"
             trailing = [1] * (len(operand.shape) - 2)  # a convolution's channels are axis 1
-            factors = (scale.astype(np.float64) * gain).astype(scale.dtype)
+            factors = (factors.astype(np.float64) * gain).astype(factors.dtype)
             shaped = factors.reshape(*factors.shape, *trailing) if factors.ndim else factors
             self._ratios[gained] = self.editor.constant(name, shaped)
-        return weight, self._ratios[gained]
+        return self._weights[coded], self._ratios[gained]
 
-    def _weight(self, operand: ConstantOperand, coded: CodedWeight, like: gs.Node) -> gs.Tensor:
-        name, scheme = operand.constant.name, coded.scheme
-        stored, granularity = np.asarray(coded.scale), scheme.granularity
-        if coded.behind:
-            stored, granularity = np.array(scheme.unit).astype(stored.dtype), PerTensor()
-        codes = self.editor.derived(
-            f"{name}_{scheme.format.name}",
-            int(getattr(onnx.TensorProto, scheme.format.onnx_type)),
-            operand.shape,
-            coded.produce,
-        )
-        where = {} if isinstance(granularity, PerTensor) else {"axis": granularity.axis}
-        if isinstance(granularity, PerBlock):
-            where["block_size"] = granularity.size
-        return self.editor.node(
-            "DequantizeLinear",
-            f"{name}_DequantizeLinear",
-            [codes, self.editor.constant(f"{name}_scale", stored)],
-            f"{name}_dequantized",
-            _tensor_dtype(stored.dtype),
-            operand.shape,
-            like=like,
-            **where,
-        )
-
-    def static(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
+    def static(self, tensor: gs.Tensor, scale: Any, fmt: QuantFormat, like: gs.Node) -> gs.Tensor:
         """Q and DQ of an activation under a scale that was calibrated, of the activation's type."""
-        key = (id(tensor), scale.tobytes())
-        if key not in self._static:
-            self._static[key] = self._pair(tensor, scale, like)
+        return self._once(
+            ("static", tensor, fmt.name, scale.tobytes()),
+            lambda: self._pair(tensor, scale, fmt, like),
+        )
+
+    def normalized(
+        self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
+    ) -> tuple[gs.Tensor, gs.Tensor]:
+        """x / m, and m = max |x| over `axes`."""
+        return self._once(
+            ("normalized", tensor, repr(axes)), lambda: self._normalized(tensor, axes, like)
+        )
+
+    def blocks(
+        self, tensor: gs.Tensor, fmt: QuantFormat, unit: float | None, like: gs.Node
+    ) -> gs.Tensor:
+        """An activation in blocks along its last axis, whose scales TensorRT computes.
+
+        Args:
+            unit: the scale of the tensor, for formats of two levels.
+        """
+        if fmt.two_level:
+            assert unit is not None
+            return self._once(
+                ("blocks", tensor, fmt.name, unit),
+                lambda: fp4_blocks(self.editor, tensor, fmt, unit, like),
+            )
+        return self._once(
+            ("blocks", tensor, fmt.name), lambda: mx_blocks(self.editor, tensor, fmt, like)
+        )
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` gives, made once for a tensor and the same wishes."""
+        kind, tensor, *wishes = key
+        known = (kind, id(tensor), *wishes)
+        if known not in self._made:
+            self._made[known] = make()
             self._alive.append(tensor)
-        return self._static[key]
+        return self._made[known]  # type: ignore[no-any-return]
 
     def scale_before_product(self, scores: gs.Node) -> float:
         """Move the constant factors between the scores of an attention and its softmax onto q.
@@ -142,61 +145,58 @@ class Emitter:
             data = next(i for i, t in enumerate(node.inputs) if scalar(t) is None)
             self.editor.redirect(node.outputs[0], node.inputs[data])
         q = scores.inputs[0]
-        constant = self.editor.constant(f"{q.name}_factor", np.array(factor).astype(_dtype(q)))
+        constant = self.editor.constant(
+            f"{q.name}_factor", np.array(factor).astype(value_dtype(q.dtype))
+        )
         name = f"{label(scores)}_Scale"
         out = f"{q.name}_scaled"
         scores.inputs[0] = self.editor.node(
             "Mul", name, [q, constant], out, q.dtype, q.shape, scores
         )
-        return float(np.array(factor).astype(_dtype(q)))
+        return float(np.array(factor).astype(value_dtype(q.dtype)))
 
-    def dynamic(
+    def _normalized(
         self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
     ) -> tuple[gs.Tensor, gs.Tensor]:
-        """Q and DQ of x / m, and m, for m = max |x| over `axes`."""
-        key = (id(tensor), repr(axes))
-        if key not in self._dynamic:
-            name, dtype = tensor.name, tensor.dtype
-            add, shape = self.editor.node, tensor.shape
-            one = (
-                [1 if i in {a % len(shape) for a in axes} else d for i, d in enumerate(shape)]
-                if shape
-                else None
-            )
-            magnitude = add("Abs", f"{name}_Abs", [tensor], f"{name}_abs", dtype, shape, like)
-            axis = self.editor.constant(f"{name}_axes", np.array(axes, np.int64))
-            peak = add(
-                "ReduceMax",
-                f"{name}_ReduceMax",
-                [magnitude, axis],
-                f"{name}_amax",
-                dtype,
-                one,
-                like,
-                keepdims=1,
-            )
-            # A row of zeros stays zeros; 1 / m, by which a compiler may multiply, stays finite.
-            least = np.array(numerics.smallest_normal(_dtype(tensor))).astype(_dtype(tensor))
-            floor = self.editor.constant(f"{name}_floor", least)
-            peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
-            normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
-            scheme = QuantScheme(self.fmt, PerTensor(), _dtype(tensor).name)
-            scale = numerics.scales_for(np.array(1.0), scheme)
-            self._dynamic[key] = (self._pair(normal, scale, like), peak)
-            self._alive.append(tensor)
-        return self._dynamic[key]
+        name, dtype = tensor.name, tensor.dtype
+        add, shape = self.editor.node, tensor.shape
+        one = (
+            [1 if i in {a % len(shape) for a in axes} else d for i, d in enumerate(shape)]
+            if shape
+            else None
+        )
+        magnitude = add("Abs", f"{name}_Abs", [tensor], f"{name}_abs", dtype, shape, like)
+        axis = self.editor.constant(f"{name}_axes", np.array(axes, np.int64))
+        peak = add(
+            "ReduceMax",
+            f"{name}_ReduceMax",
+            [magnitude, axis],
+            f"{name}_amax",
+            dtype,
+            one,
+            like,
+            keepdims=1,
+        )
+        # A row of zeros stays zeros; 1 / m, by which a compiler may multiply, stays finite.
+        least = np.array(numerics.smallest_normal(value_dtype(tensor.dtype))).astype(
+            value_dtype(tensor.dtype)
+        )
+        floor = self.editor.constant(f"{name}_floor", least)
+        peak = add("Max", f"{name}_Max", [peak, floor], f"{name}_peak", dtype, one, like)
+        normal = add("Div", f"{name}_Div", [tensor, peak], f"{name}_normal", dtype, shape, like)
+        return normal, peak
 
-    def _pair(self, tensor: gs.Tensor, scale: Any, like: gs.Node) -> gs.Tensor:
+    def _pair(self, tensor: gs.Tensor, scale: Any, fmt: QuantFormat, like: gs.Node) -> gs.Tensor:
         name, add = tensor.name, self.editor.node
+        code_type = int(getattr(onnx.TensorProto, fmt.onnx_type))
         scale_tensor = self.editor.constant(f"{name}_scale", scale)
-        zero = self.editor.constant(f"{name}_zero", np.zeros((), self.fmt.dtype()), self.code_type)
-        code_dtype = _tensor_dtype(self.fmt.dtype())
+        zero = self.editor.constant(f"{name}_zero", np.zeros((), fmt.dtype()), code_type)
         codes = add(
             "QuantizeLinear",
             f"{name}_QuantizeLinear",
             [tensor, scale_tensor, zero],
             f"{name}_quantized",
-            code_dtype,
+            graph_dtype(code_type),
             tensor.shape,
             like,
         )
@@ -226,14 +226,3 @@ class Emitter:
                 op, name, [last, operand], f"{out.name}_rescaled", out.dtype, out.shape, node
             )
         last.inputs[0].outputs[0] = out
-
-
-def _dtype(tensor: gs.Tensor) -> Any:
-    """The numpy (or ml_dtypes) dtype of a tensor's values."""
-    return numpy_dtype(tensor.dtype) if isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
-
-
-def _tensor_dtype(dtype: Any) -> Any:
-    """The type as graphsurgeon keeps it."""
-    dtype = np.dtype(dtype)
-    return dtype if dtype.isbuiltin == 1 else onnx_dtype(dtype)

@@ -157,7 +157,7 @@ def test_no_kernel_for_a_type_says_so() -> None:
 
 
 def test_four_bit_weights_leave_the_activations_as_they_are() -> None:
-    """ONNX Runtime's own fusion would quantize x to INT8 here, and lose 2 % of the outlier's row."""
+    """ONNX Runtime's own fusion would quantize x to INT8 here."""
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (128, 32)).astype(ml_dtypes.int4)
     x = rng.standard_normal((16, 128)).astype(np.float32)

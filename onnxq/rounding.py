@@ -1,0 +1,131 @@
+"""One weight under one scheme -> its codes and scales. Nothing is computed before it is needed.
+
+Rounding to nearest reads a weight when it is written and keeps nothing of it, so that its memory
+does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxq import numerics
+from onnxq.errors import OnnxqError
+from onnxq.formats import Granularity, QuantScheme
+from onnxq.graph.query import ConstantOperand
+from onnxq.sites import Site
+
+Array = numerics.FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A weight's codes and scales; the same object for layers that share both.
+
+    Attributes:
+        codes: gives them, laid out as the node sees the weight.
+        scale: gives the scales that are stored, shaped as the scheme says.
+        unit: gives the scale of the tensor, of formats of two levels.
+    """
+
+    scheme: QuantScheme
+    codes: Callable[[], Array]
+    scale: Callable[[], Array]
+    unit: Callable[[], Array] | None = None
+
+
+Rounding = Callable[[Site, QuantScheme], Rounded]
+"""A method of rounding. The unit of a two-level scheme is its own to choose."""
+
+
+class Nearest:
+    """Round to nearest: the largest magnitude under each scale becomes the largest code."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Rounded] = {}
+        self._peaks: dict[tuple[Any, ...], Array] = {}
+
+    def __call__(self, site: Site, scheme: QuantScheme) -> Rounded:
+        key = (*_identity(site), scheme)
+        if key not in self._known:
+            peak = self._peaks.get((*_identity(site), scheme.granularity))
+            weight = _Weight(site, scheme, peak)
+            unit = weight.unit if scheme.format.two_level else None
+            self._known[key] = Rounded(scheme, weight.codes, weight.scale, unit)
+        return self._known[key]
+
+    def peaks(self, site: Site, granularity: Granularity) -> Array:
+        """Largest magnitude under each scale, kept: for the few scales of 8 bits.
+
+        Raises:
+            OnnxqError: the weight is not finite.
+        """
+        key = (*_identity(site), granularity)
+        if key not in self._peaks:
+            self._peaks[key] = finite_peaks(site, _operand(site).load(), granularity)
+        return self._peaks[key]
+
+
+class _Weight:
+    """Reads the weight once for both: the scales found with the codes wait until they are asked."""
+
+    def __init__(self, site: Site, scheme: QuantScheme, peak: Array | None) -> None:
+        self.site, self.scheme, self.peak = site, scheme, peak
+        self._found: QuantScheme | None = None
+        self._scale: Array | None = None
+
+    def codes(self) -> Array:
+        values = _operand(self.site).load()
+        self._scale, self._found = self._scales(values)
+        return numerics.quantize(values, self._scale, self._found)
+
+    def scale(self) -> Array:
+        scale, self._scale = self._scale, None
+        return self._scales(_operand(self.site).load())[0] if scale is None else scale
+
+    def unit(self) -> Array:
+        scheme = self._found or self._scales(_operand(self.site).load())[1]
+        return np.array(scheme.unit, np.float32)
+
+    def _scales(self, values: Array) -> tuple[Array, QuantScheme]:
+        scheme, peak = self.scheme, self.peak
+        if peak is None:
+            peak = finite_peaks(self.site, values, scheme.granularity)
+        if scheme.format.two_level:
+            unit = numerics.tensor_unit(float(peak.max(initial=0)), scheme.format)
+            scheme = scheme.with_unit(unit)
+        try:
+            return numerics.scales_for(peak, scheme), scheme
+        except numerics.ScaleRangeError as error:
+            raise OnnxqError(
+                f"weight {self.site.weight_name!r} of {self.site.name!r}: {error}",
+                f"leave the layer: --rule 'leave weight={self.site.weight_name}'",
+            ) from None
+
+
+def finite_peaks(site: Site, values: Array, granularity: Granularity) -> Array:
+    """Largest magnitude under each scale of the weight of `site`.
+
+    Raises:
+        OnnxqError: there are NaN or infinite values.
+    """
+    peak = numerics.peaks(values, granularity)
+    if not np.isfinite(peak).all():
+        raise OnnxqError(
+            f"weight {site.weight_name!r} of {site.name!r} holds NaN or infinite values",
+            f"export a sound model, or leave the layer: --rule 'leave weight={site.weight_name}'",
+        )
+    return peak
+
+
+def _identity(site: Site) -> tuple[Any, ...]:
+    operand = _operand(site)
+    return id(operand.constant), operand.permutation
+
+
+def _operand(site: Site) -> ConstantOperand:
+    assert site.operand is not None  # placement quantizes nothing else but attentions
+    return site.operand

@@ -1,0 +1,89 @@
+"""Rules: what a user has done with single layers, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from onnxq.errors import OnnxqError
+
+Choice = Literal["quantize", "leave"]
+
+CHOICES = ("quantize", "leave")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Overrides the placement of the nodes it matches; of several rules the last one wins.
+
+    Every pattern given must match. A pattern is the exact text, or a glob where it holds `*` or
+    `?`. A rule that matches no node is an error.
+
+    Attributes:
+        action: `leave` or `quantize`.
+        node: the node's name.
+        weight: the name of its weight's initializer.
+        module: the module path in the node's metadata.
+        op: the operator type.
+    """
+
+    action: Choice
+    node: str = ""
+    weight: str = ""
+    module: str = ""
+    op: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.node or self.weight or self.module or self.op):
+            raise OnnxqError(
+                f"the rule '{self.action}' has no pattern, and would match everything",
+                "give it node=, weight=, module= or op= with a name or a glob such as *",
+            )
+
+    def as_dict(self) -> dict[str, str]:
+        """The action and the patterns given."""
+        return {name: text for name, text in asdict(self).items() if text}
+
+    def __str__(self) -> str:
+        patterns = [f"{k}={v}" for k, v in self.as_dict().items() if k != "action"]
+        return " ".join((self.action, *patterns))
+
+
+def rule_from(content: Any, where: str) -> Rule:
+    """A rule from its text or its fields.
+
+    Raises:
+        OnnxqError: it cannot be read; the message starts with `where`.
+    """
+    if isinstance(content, str):
+        return parse_rule(content)
+    allowed = [f.name for f in fields(Rule)]
+    if not isinstance(content, Mapping) or not set(content) <= set(allowed):
+        raise OnnxqError(
+            f"{where}: a rule cannot be read: {content!r}",
+            f"a rule has an action and patterns: {', '.join(allowed[1:])}",
+        )
+    check_choice(where, "action", content.get("action"), CHOICES)
+    if not all(isinstance(v, str) for v in content.values()):
+        raise OnnxqError(f"{where}: a rule's patterns are text: {content!r}", "quote them")
+    return Rule(**content)
+
+
+def parse_rule(text: str) -> Rule:
+    """Read `leave module=model.layers.0.*` or `quantize op=Gemm node=/fc1`."""
+    action, _, rest = text.strip().partition(" ")
+    content = {"action": action}
+    for pattern in re.split(r"\s+(?=\w+=)", rest.strip()):
+        key, _, value = pattern.partition("=")
+        if key in content:
+            raise OnnxqError(f"the rule {text!r} has two patterns for {key}", "write two rules")
+        content[key] = value
+    return rule_from(content, f"the rule {text!r}")
+
+
+def check_choice(where: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among those allowed."""
+    if value not in allowed:
+        raise OnnxqError(f"{where}: {name} is {value!r}", f"choose one of: {', '.join(allowed)}")
