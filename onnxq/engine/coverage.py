@@ -23,12 +23,16 @@ FUSED_ATTENTION_MINIMUM = 32
 """The shortest sequence a profile may start at for FP8 attention to fuse (tensorrt-rtx 1.7.1)."""
 
 
+WEIGHTS_ALONE = " weights"
+
+
 @dataclass(frozen=True)
 class WeightedNode:
     """A multiplication of the ONNX file and the format it is meant to run in.
 
-    `wanted` is a dtype word: `fp8`, `int8`, `int4` (weight-only), `fp16`, ... For attention `name`
-    is a label, and `parts` are the names of its first MatMul, its Softmax and its second MatMul.
+    `wanted` is a dtype word: `fp8`, `int8`, `fp4`, `fp16`, ..., or `int4 weights` where the other
+    operand stays wide. For attention `name` is a label, and `parts` are the names of its first
+    MatMul, its Softmax and its second MatMul.
     """
 
     name: str
@@ -39,12 +43,16 @@ class WeightedNode:
     @property
     def narrow(self) -> bool:
         """Whether it is meant to run in fewer than 16 bits."""
-        return self.wanted in kernels.NARROW
+        return self.wanted.removesuffix(WEIGHTS_ALONE) in kernels.NARROW
 
 
 @dataclass(frozen=True)
 class NodeCoverage:
-    """What one node became in one profile; `reason` is empty where it ran as wanted."""
+    """What one node became in one profile; `reason` is empty where it ran as wanted.
+
+    `ran` is the dtype it multiplied in; `elementwise` for a product inside such a kernel, whose
+    operands do not tell one product's dtype; `none` where no layer names it.
+    """
 
     node: WeightedNode
     profile: int
@@ -202,22 +210,23 @@ def _cover_multiply(node: WeightedNode, view: _View, profile: int) -> NodeCovera
     if layer is None and not named:
         reason = "no compiled layer names it" if node.narrow else ""
         return NodeCoverage(node, profile, "none", "", reason)
-    found = layer or named[0]
-    ran = kernels.multiply_dtype(found)
-    if not node.narrow:
-        return NodeCoverage(node, profile, ran, found.name)
     if layer is None:
-        reason = "" if _satisfies(ran, node.wanted) else "computed inside an elementwise kernel"
-    elif _satisfies(ran, node.wanted):
+        reason = "computed inside an elementwise kernel" if node.narrow else ""
+        return NodeCoverage(node, profile, "elementwise", named[0].name, reason)
+    ran = kernels.multiply_dtype(layer)
+    if not node.narrow:
+        return NodeCoverage(node, profile, ran, layer.name)
+    if _satisfies(ran, node.wanted):
         reason = _raw_sums(layer, view)
     else:
         reason = _why_not(layer, node.wanted, ran, view)
-    return NodeCoverage(node, profile, ran, found.name, reason)
+    return NodeCoverage(node, profile, ran, layer.name, reason)
 
 
 def _satisfies(ran: str, wanted: str) -> bool:
-    if wanted == "int4":  # weight-only: the activation stays in its own precision
-        return ran.endswith(" x int4")
+    # The activation stays in its own precision; nothing multiplies INT4 by INT4.
+    if wanted.endswith(WEIGHTS_ALONE) or wanted == "int4":
+        return ran.endswith(f" x {wanted.removesuffix(WEIGHTS_ALONE)}")
     return ran == wanted
 
 
@@ -272,7 +281,13 @@ def _cover_attention(
         return NodeCoverage(node, profile, f"fused {dtype}", first.name, reason)
     kinds = " and ".join(f"a {kernels.multiply_dtype(x)} {x.kind}" for x in (first, second))
     reason = f"not fused: {kinds}"
-    if node.wanted == "fp8" and (short := _shortest(shapes)) is not None:
+    if node.wanted == "fp8" and (keys := _keys(view.naming.get(node.parts[1], []))) is not None:
+        if keys < FUSED_ATTENTION_MINIMUM:
+            reason += (
+                f"; FP8 attention fuses from a sequence of {FUSED_ATTENTION_MINIMUM}, and this "
+                f"one is {keys}"
+            )
+    elif node.wanted == "fp8" and (short := _shortest(shapes)) is not None:
         reason += (
             f"; FP8 attention fuses in a profile whose sequence starts at "
             f"{FUSED_ATTENTION_MINIMUM} or more, and this one starts at {short}"
@@ -281,6 +296,15 @@ def _cover_attention(
         reason += "; attention fuses in FP16 and BF16 only"
     ran = f"{kernels.multiply_dtype(first)} gemms"
     return NodeCoverage(node, profile, ran, first.name, reason)
+
+
+def _keys(softmax: Iterable[EngineLayer]) -> int | None:
+    """How many keys a query is compared with, from what the softmax makes; None while dynamic.
+
+    The products do not tell it: an odd number is padded there.
+    """
+    lengths = [t.dims[-1] for layer in softmax for t in layer.outputs if t.dims]
+    return lengths[0] if lengths and lengths[0] > 0 else None
 
 
 def _shortest(shapes: Profile) -> int | None:

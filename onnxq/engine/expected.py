@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxq.engine.coverage import WeightedNode
-from onnxq.graph.ir import Node
+from onnxq.engine.coverage import WEIGHTS_ALONE, WeightedNode
+from onnxq.graph.ir import Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import producer, type_word
 from onnxq.placement import Site, find_sites
@@ -33,10 +33,16 @@ def engine_name(node: Node) -> str:
 
 def _wanted(node: Node) -> str:
     """The format of the second operand's codes, or its plain type."""
-    tensor = node.inputs[1]
+    source = _dequantizer(node.inputs[1])
+    if source is None:
+        return type_word(node.inputs[1])
+    word = type_word(source.inputs[0])
+    return word if _dequantizer(node.inputs[0]) is not None else f"{word}{WEIGHTS_ALONE}"
+
+
+def _dequantizer(tensor: Tensor) -> Node | None:
+    """The node that dequantizes an operand, None where it has no codes."""
     source = producer(tensor)
-    while source is not None and source.op in ("Transpose", "Reshape", "Identity"):
+    while source is not None and source.op in ("Transpose", "Reshape", "Identity", "Cast"):
         source = producer(source.inputs[0])
-    if source is not None and source.op == "DequantizeLinear":
-        return type_word(source.inputs[0])
-    return type_word(tensor)
+    return source if source is not None and source.op.endswith("DequantizeLinear") else None

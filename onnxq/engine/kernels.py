@@ -61,8 +61,7 @@ def operands(layer: EngineLayer) -> tuple[str, str]:
     """
     inputs = [t for t in layer.inputs if t.elements != 1]
     constants = [t for t in layer.constants if t.elements > 1]
-    narrow_inputs = [t for t in inputs if t.dtype in NARROW]
-    narrow_constants = [t for t in constants if t.dtype in NARROW]
+    narrow_inputs, narrow_constants = _codes(layer, inputs), _codes(layer, constants)
     left = (narrow_inputs or inputs or constants or [Tensor("", (), "none")])[0].dtype
     if narrow_constants:
         return left, narrow_constants[0].dtype
@@ -73,6 +72,12 @@ def operands(layer: EngineLayer) -> tuple[str, str]:
     if weight is not None and (sum(d != 1 for d in weight.dims) > 1 or not others):
         return left, weight.dtype
     return left, (others[0].dtype if others else left)
+
+
+def _codes(layer: EngineLayer, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that may be operands: beside FP4, what has 8 bits are the scales of its blocks."""
+    fp4 = any(t.dtype == "fp4" for t in (*layer.inputs, *layer.constants))
+    return [t for t in tensors if t.dtype in (("fp4",) if fp4 else NARROW)]
 
 
 def operations(layer: EngineLayer) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def _export_values(model: Model, graph: onnx.GraphProto, live: set[str]) -> None
     fields = {
         "input": [v for v in graph.input if v.name in inputs or v.name in live],
         "output": [before.get(t.name) or _new_value(t) for t in model.graph.outputs],
-        "value_info": [v for v in graph.value_info if v.name not in gone],
+        "value_info": [v for v in graph.value_info if v.name not in gone] + _foreign(model),
     }
     for field, values in fields.items():
         exported = [_retyped(value, tensors) for value in values]
@@ -134,6 +134,12 @@ def _export_values(model: Model, graph: onnx.GraphProto, live: set[str]) -> None
     if len(annotations) < len(graph.quantization_annotation):
         graph.ClearField("quantization_annotation")
         graph.quantization_annotation.extend(annotations)
+
+
+def _foreign(model: Model) -> list[onnx.ValueInfoProto]:
+    """Types of what added nodes of other domains make: whoever reads the file cannot infer them."""
+    added = (n for n in model.graph.nodes if n.domain and id(n) not in model.origins)
+    return [_new_value(t) for node in added for t in node.outputs if t.dtype is not None]
 
 
 def _retyped(value: onnx.ValueInfoProto, tensors: Mapping[str, gs.Tensor]) -> onnx.ValueInfoProto:

@@ -107,10 +107,29 @@ def test_float_operands_are_the_reason() -> None:
     assert only(cover([gemm("fp16 fp16")], [WeightedNode("a", "gemm", "fp16")])) == ("fp16", "")
 
 
-def test_weight_only_int4_is_as_wanted_and_nothing_else_is() -> None:
-    node = WeightedNode("a", "gemm", "int4")
-    assert only(cover([gemm("fp16 int4")], [node])) == ("fp16 x int4", "")
+@pytest.mark.parametrize("fmt", ["int4", "int8", "fp8"])
+def test_weight_only_is_as_wanted_and_nothing_else_is(fmt: str) -> None:
+    node = WeightedNode("a", "gemm", f"{fmt} weights")
+    assert node.narrow
+    assert only(cover([gemm(f"fp16 {fmt}")], [node])) == (f"fp16 x {fmt}", "")
     assert only(cover([gemm("fp16 fp16")], [node]))[1]
+    assert only(cover([gemm(f"{fmt} {fmt}")], [node]))[1]
+    alone = only(cover([gemm(f"fp16 {fmt}")], [WeightedNode("a", "gemm", fmt)]))[1]
+    assert alone == ("" if fmt == "int4" else f"only its weight is {fmt}: it multiplies in fp16")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "constants"),
+    [
+        ("x fp4 -1,64; s fp8 -1,4,32,1,4", "w fp4 64,96; t fp8 1,4,1,4,32"),
+        ("s fp8 -1,4,32,1,4; x fp4 -1,64", "t fp8 1,4,1,4,32; w fp4 64,96"),
+        ("x fp4 -1,64; w fp4 64,18; s fp8 -1,4,32,1,4", "t fp8 1,4,1,4,32"),
+    ],
+)
+def test_block_scales_are_no_operands(inputs: str, constants: str) -> None:
+    node = WeightedNode("a", "gemm", "fp4")
+    made = layer("a_myl0_1", "gemm", inputs, f"{constants}; {SCALARS}", "y fp16 -1,96", "a")
+    assert only(cover([made], [node])) == ("fp4", "")
 
 
 def test_an_expanded_weight_is_named_with_its_kernel() -> None:
@@ -125,7 +144,19 @@ def test_an_expanded_weight_is_named_with_its_kernel() -> None:
 
 def test_a_multiplication_inside_an_elementwise_kernel_is_said() -> None:
     kernel = layer("__myl_MulSum_myl0_0", "kgen", "x fp16 -1,64", "w fp16 64,2", "y fp16 -1,2", "a")
-    assert "elementwise kernel" in only(cover([kernel], [WeightedNode("a", "gemm", "int8")]))[1]
+    for wanted, reason in (("int8", "computed inside an elementwise kernel"), ("fp32", "")):
+        node = WeightedNode("a", "gemm", wanted)
+        assert only(cover([kernel], [node])) == ("elementwise", reason)
+    # Angles, positions times frequencies, in FP32 beside what else the kernel does in FP16.
+    rotary = layer(
+        "__myl_MulAddMulSin_myl0_5",
+        "kgen",
+        "q fp16 -1,576; positions fp32 1,-1,1",
+        "frequencies fp32 1,1,32; r fp16 1,576",
+        "o fp16 1,1,-1,64",
+        "rope rescale",
+    )
+    assert only(cover([rotary], [WeightedNode("rope", "gemm", "fp32")])) == ("elementwise", "")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +236,25 @@ def test_attention_that_did_not_fuse_says_why() -> None:
     assert "FP16 and BF16 only" in only(coverage)[1]
     assert coverage.complete  # float attention is no failure of quantization
     assert coverage.missed
+
+
+@pytest.mark.parametrize(("keys", "said"), [(16, True), (17, True), (31, True), (32, False)])
+def test_attention_over_a_fixed_short_sequence_says_so(keys: int, said: bool) -> None:
+    """The products are padded to an even number; the softmax between them is not."""
+    even = keys + keys % 2
+    layers = [
+        layer("s_myl0_1", "gemm", f"q fp8 8,16,64; k fp8 8,64,{even}", SCALARS, "o fp16 8", "s"),
+        layer("__myl_Exp_myl0_2", "kgen", "o fp16 8", "", f"p fp16 2,4,16,{keys}", "p"),
+        layer(
+            "c_myl0_3", "gemm", f"p fp8 8,16,{even}; v fp8 8,{even},64", SCALARS, "z fp16 8", "c"
+        ),
+    ]
+    node = WeightedNode("c", "attention", "fp8", ATTENTION)
+    # A profile whose only open dimension is no sequence.
+    shapes = [parse_shapes(["x:1x4x16,2x4x16,4x4x20"])]
+    reason = only(cover(layers, [node], shapes))[1]
+    assert (f"fuses from a sequence of 32, and this one is {keys}" in reason) == said
+    assert "starts at" not in reason
 
 
 def test_profiles_are_judged_apart() -> None:
