@@ -55,6 +55,9 @@ RAPIDOCR = Package(
 GENSIM = Package(
     "gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 )
+LM_EVAL = Package(
+    "lm-eval", "0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a"
+)
 
 # Only data is read, so one wheel serves every machine, whatever Python and platform it has.
 _WHEEL_FOR = ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64")

@@ -259,18 +259,22 @@ def evaluate() -> None:
     """Measure a model on a task."""
 
 
+_REFERENCE = click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Model to measure KL and agreement against.",
+)
+_DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+
+
 @evaluate.command()
 @_MODEL
 @click.option("--text", type=click.Path(path_type=Path), required=True)
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first windows.")
-@click.option(
-    "--reference",
-    type=click.Path(path_type=Path),
-    help="Model to measure KL and agreement against.",
-)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@_REFERENCE
+@_DEVICE
 @_REPORT
 @click.pass_obj
 def perplexity(
@@ -281,6 +285,41 @@ def perplexity(
     from onnxq.files import write_json
 
     found = measure(model, text, tokenizer, progress=progress, **options)
+    progress.close()
+    for line in found.lines():
+        click.echo(line)
+    if report is not None:
+        write_json(report, found.as_dict())
+
+
+@evaluate.command()
+@_MODEL
+@click.option(
+    "--tasks",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Questions as MMLU has them (CSV: question, A, B, C, D, letter), or a folder of such.",
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--shots",
+    type=click.Path(path_type=Path),
+    help="Solved examples to put first: a CSV, or a folder with one a subject.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first questions of each file.")
+@click.option("--special-tokens", is_flag=True, help="Let the tokenizer add its own.")
+@_REFERENCE
+@_DEVICE
+@_REPORT
+@click.pass_obj
+def choice(
+    progress: Any, /, model: Path, tasks: Path, tokenizer: Path, report: Path | None, **options: Any
+) -> None:
+    """Accuracy of a language model on multiple-choice questions."""
+    from onnxq.evaluate.choice import choice as measure
+    from onnxq.files import write_json
+
+    found = measure(model, tasks, tokenizer, progress=progress, **options)
     progress.close()
     for line in found.lines():
         click.echo(line)

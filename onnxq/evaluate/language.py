@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.session import InputSpec, open_session
-from onnxq.errors import OnnxqError
+from onnxq.errors import OnnxqError, missing_package
 from onnxq.evaluate.runners import Device
 
 Array = NDArray[Any]
@@ -51,23 +51,35 @@ class LanguageModel:
         """How the session had to be opened."""
         return list(self._session.notes)
 
-    def logits(self, tokens: Array) -> Array:
+    def logits(self, tokens: Array, *, pad: bool = False) -> Array:
         """Logits [window, vocabulary] for tokens [window].
+
+        Args:
+            pad: fill a model's fixed sequence behind the tokens, which causal attention never sees.
 
         Raises:
             OnnxqError: the model has a fixed batch or sequence that one window does not fit, an
                 input of unknown meaning, or an output of another shape.
         """
-        feed = {name: self._input(spec, tokens) for name, spec in self._specs.items()}
+        length, fixed = len(tokens), self._fixed_length()
+        window = tokens
+        if pad and fixed is not None and fixed > length:
+            window = np.concatenate([tokens, np.zeros(fixed - length, tokens.dtype)])
+        feed = {name: self._input(spec, window, length) for name, spec in self._specs.items()}
         (found,) = self._session.run([self._output], feed)
-        if found.ndim != 3 or found.shape[:2] != (1, len(tokens)):
+        if found.ndim != 3 or found.shape[:2] != (1, len(window)):
             raise OnnxqError(
                 f"{self._path}: output {self._output!r} is {list(found.shape)}, "
-                f"not [1, {len(tokens)}, vocabulary]",
+                f"not [1, {len(window)}, vocabulary]",
                 "only a model that gives logits for every token can be scored",
             )
-        logits: Array = found[0]
+        logits: Array = found[0, :length]
         return logits
+
+    def _fixed_length(self) -> int | None:
+        """Tokens of the model's sequence where that is fixed."""
+        shape = self._specs[_TOKENS].shape
+        return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
     def _logits_name(self) -> str:
         names = list(self._session.output_names)
@@ -81,14 +93,15 @@ class LanguageModel:
             )
         return str(others[0])
 
-    def _input(self, spec: InputSpec, tokens: Array) -> Array:
+    def _input(self, spec: InputSpec, tokens: Array, length: int) -> Array:
+        """An input for `tokens`, of which the first `length` count."""
         dtype, window = np.dtype(spec.dtype), tokens[np.newaxis]
         if spec.name.startswith(_CACHE):
             return np.zeros(_empty_cache(spec.shape), dtype)
         if spec.name == _TOKENS:
             value = window
         elif spec.name == "attention_mask":
-            value = np.ones_like(window)
+            value = (np.arange(len(tokens)) < length)[np.newaxis]
         elif spec.name == "position_ids":
             value = np.arange(len(tokens))[np.newaxis]
         elif spec.name == "token_type_ids":
@@ -127,6 +140,28 @@ def language_model(
     with runnable(path) as (usable, notes):
         model = LanguageModel(usable, device, name=path)
         yield model, [*notes, *model.notes]
+
+
+def open_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` that neither truncates nor pads.
+
+    Raises:
+        OnnxqError: the package is missing, or the file is, or is no tokenizer.json.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise missing_package("tokenizers", "reading a text") from error
+    if not path.is_file():
+        raise OnnxqError(f"the tokenizer {path} does not exist", "a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise OnnxqError(f"cannot read the tokenizer {path}: {error}") from error
+    # A tokenizer.json may carry the truncation and padding of its training.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _empty_cache(shape: Any) -> list[int]:

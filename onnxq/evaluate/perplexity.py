@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxq.errors import OnnxqError, missing_package
-from onnxq.evaluate.language import LanguageModel, language_model
+from onnxq.errors import OnnxqError
+from onnxq.evaluate.language import LanguageModel, language_model, open_tokenizer
 from onnxq.evaluate.likelihood import WindowScores, score
 from onnxq.evaluate.metrics import jsonable
 from onnxq.evaluate.runners import Device
@@ -130,22 +130,10 @@ def text_windows(text: Path, tokenizer: Path, window: int) -> NDArray[np.int64]:
         OnnxqError: a file cannot be read, or the text is shorter than one window.
     """
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise missing_package("tokenizers", "reading a text") from error
-    try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OnnxqError(f"cannot read the text {text}: {error}", "a UTF-8 file") from error
-    if not tokenizer.is_file():
-        raise OnnxqError(f"the tokenizer {tokenizer} does not exist", "a tokenizer.json")
-    try:
-        encoder = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the package raises bare Exception
-        raise OnnxqError(f"cannot read the tokenizer {tokenizer}: {error}") from error
-    # A tokenizer.json may carry the truncation and padding of its training.
-    encoder.no_truncation()
-    encoder.no_padding()
+    encoder = open_tokenizer(tokenizer)
     ids = encoder.encode(content, add_special_tokens=False).ids
     count = len(ids) // window
     if not count:

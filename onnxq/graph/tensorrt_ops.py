@@ -93,7 +93,7 @@ def _mxfp8_dynamic(editor: Editor, node: gs.Node) -> None:
     add, (x,) = _Steps(editor, node), node.inputs
     rows = add.rows(x, _block(node))
     exponent = _exponent_above(add, add("Div", _amax(add, rows), _FP8_MAX))
-    codes = _saturated(add, add("Div", rows, _power(add, exponent)))
+    codes = add("Div", rows, _power(add, exponent))
     byte = add.scales(add("Sub", exponent, float(_LEAST_EXPONENT)), x)
     _replace(editor, node, [add.like(codes, x), byte], (_E4M3, np.uint8), add)
 
@@ -124,7 +124,7 @@ def _mxfp8_quantize(editor: Editor, node: gs.Node) -> None:
     add, (x, byte) = _Steps(editor, node), node.inputs[:2]
     size = _block(node)
     scale = add("Reshape", _scale_of(add, byte), np.array([-1, 1]))
-    codes = _saturated(add, add("Div", add.rows(x, size), scale))
+    codes = add("Div", add.rows(x, size), scale)
     _replace(editor, node, [add.like(codes, x)], (_E4M3,), add)
 
 
@@ -159,10 +159,6 @@ def _fp8_dequantize(editor: Editor, node: gs.Node) -> None:
 
 def _amax(add: _Steps, rows: gs.Tensor) -> gs.Tensor:
     return add("ReduceMax", add("Abs", rows), np.array([-1]), keepdims=1)
-
-
-def _saturated(add: _Steps, x: gs.Tensor) -> gs.Tensor:
-    return add("Clip", x, -_FP8_MAX, _FP8_MAX)
 
 
 def _block(node: gs.Node) -> int:

@@ -125,6 +125,17 @@ def test_fp4_rounds_every_half_to_the_nearest_even_code(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0, :, 1::16], np.repeat(expected[:, np.newaxis], 4, 1))
 
 
+def test_fp4_block_scales_round_to_the_nearest_even(tmp_path: Path) -> None:
+    """Blocks whose scale lies between two numbers of E4M3, and beside that."""
+    grid = np.arange(1, 127, dtype=np.uint8).view(E4M3).astype(np.float32)
+    middle = (grid[:-1] + grid[1:]) / 2
+    wanted = np.concatenate([np.nextafter(middle, 0), middle, np.nextafter(middle, 999)])
+    x = np.ones((1, -(-len(wanted) // 4), 64), np.float32)
+    x.reshape(-1, 16)[: len(wanted), 3] = wanted.astype(np.float32) * 6
+    found = run(nvfp4(tmp_path / "m.onnx", T.FLOAT, 1.0), x)
+    np.testing.assert_array_equal(found, fp4_by_hand(x, 1.0))
+
+
 def test_fp4_weights_keep_their_values(tmp_path: Path) -> None:
     """Every code under scales of two levels, against onnx's reference evaluator."""
     rng = np.random.default_rng(1)
@@ -144,6 +155,23 @@ def test_fp4_weights_keep_their_values(tmp_path: Path) -> None:
     identity = np.eye(32, dtype=np.float32)
     (expected,) = ReferenceEvaluator(onnx.load(path)).run(None, {"x": identity})
     np.testing.assert_array_equal(run(path, identity), expected)
+
+
+def test_fp4_codes_pass_through_a_transpose(tmp_path: Path) -> None:
+    """The type that the file states for what lies between is made to fit."""
+    codes = np.array(list(range(16)), np.uint8).view(E2M1).reshape(2, 8)
+    nodes = [
+        h.make_node("Transpose", ["codes"], ["turned"]),
+        h.make_node("DequantizeLinear", ["turned", "scale"], ["w"]),
+        h.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    constants = [packed(codes, "codes"), nh.from_array(np.float32(0.5), "scale")]
+    path = saved(tmp_path / "m.onnx", nodes, {"x": (T.FLOAT, ["m", 8])}, T.FLOAT, constants)
+    model = onnx.load(path)
+    model.graph.value_info.append(h.make_tensor_value_info("turned", T.FLOAT4E2M1, [8, 2]))
+    onnx.save(model, path)
+    found = run(path, np.eye(8, dtype=np.float32))
+    np.testing.assert_array_equal(found, codes.astype(np.float32).T / 2)
 
 
 def test_fp4_codes_in_a_constant_node(tmp_path: Path) -> None:
