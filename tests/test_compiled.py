@@ -133,6 +133,8 @@ def test_sdxl_tiny_attention(models: Path, folder: Path) -> None:
     built = _compile(source / "model.onnx", folder, "fp8-attention", SDXL, calib)
     assert built.report.facts["products"]["attention"]["fused fp8"] == 22
     assert built.coverage is not None and len(built.coverage.missed) == 12
+    for missed in built.coverage.missed:
+        assert "from a sequence of 32, and this one is 16" in missed.reason
 
 
 @pytest.mark.parametrize(("recipe", "convolutions"), [("int8-dynamic", 23), ("fp8-dynamic", 22)])

@@ -292,6 +292,7 @@ def attention(
     *,
     base: str = "fp16",
     static_shapes: bool = False,
+    fixed: int = 64,
     minimum: int = 32,
     where: str = "product",
     mask: str = "add",
@@ -303,6 +304,7 @@ def attention(
     """Grouped-query attention with a mask; Q/DQ on q, k, v and softmax unless `fmt` is the base.
 
     Args:
+        fixed: the sequence of static shapes.
         minimum: the profile's shortest sequence.
         where: Q/DQ on k and v right at the `product`, or before the heads are repeated.
         mask: `add` (in the base type), `where` (boolean) or `none`.
@@ -313,7 +315,7 @@ def attention(
     many, few = heads
     quantized = fmt in QMAX
     batch: int | str = 2 if static_shapes else "B"
-    length: int | str = 64 if static_shapes else "S"
+    length: int | str = fixed if static_shapes else "S"
     q, k, v = "q", "k", "v"
     root = size ** (-0.25 if scale == "both" else -0.5)
     if scale in ("q", "both"):

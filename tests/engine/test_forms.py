@@ -200,6 +200,8 @@ FAULTY = {
     "fp8 conv 7x7": (conv("fp8", kernel=7), "expanded to fp16"),
     "int4 per channel": (weight_only(None), "expanded to fp16"),
     "fp8 attention from 31": (attention("fp8", minimum=31), "starts at 32 or more"),
+    "fp8 attention of 16": (attention("fp8", static_shapes=True, fixed=16), "and this one is 16"),
+    "fp8 attention of 31": (attention("fp8", static_shapes=True, fixed=31), "and this one is 31"),
     "fp8 attention in fp32": (attention("fp8", base="fp32"), "not fused"),
     "int8 attention": (attention("int8"), "not fused"),
 }
@@ -207,6 +209,7 @@ SOUND = {
     "int8, a scale each for q, k, v": linear("int8", weight="tensor", consumers=3),
     "int8 conv 7x7": conv("int8", kernel=7),
     "fp8 per tensor": linear("fp8", weight="tensor"),
+    "fp8 attention of 32": attention("fp8", static_shapes=True, fixed=32),
     "int8 dynamic, 97 columns": linear("int8", columns=97, dynamic=True),
     "fp8 dynamic, 97 columns, fixed shapes": linear(
         "fp8", columns=97, dynamic=True, gemm=True, static_shapes=True
