@@ -245,9 +245,9 @@ def compare(
         per_layer: where the error enters, tensor by tensor, on the first sample.
     """
     from onnxq.evaluate.compare import compare as compare_models
+    from onnxq.evaluate.runners import runnable
     from onnxq.evaluate.watching import layer_errors
     from onnxq.graph.model import Model
-    from onnxq.graph.simulate import runnable
 
     reference, other, given = Path(model), Path(candidate), Data.of(data)
     if not given.given:

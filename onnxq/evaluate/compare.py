@@ -18,7 +18,7 @@ from onnxq.evaluate.comparison import Comparison, Row, Tolerances
 from onnxq.evaluate.memory import available_memory, resident_memory
 from onnxq.evaluate.metrics import OutputError
 from onnxq.evaluate.outputs import SaveOutputs, saving_outputs
-from onnxq.evaluate.runners import Device, Model, Samples, any_model
+from onnxq.evaluate.runners import Device, Model, Samples, any_model, runnable
 from onnxq.evaluate.spool import Spool, spool
 from onnxq.progress import Progress, silent
 
@@ -77,8 +77,6 @@ def _ready(
     stack: ExitStack, label: str, path: Path, outputs: Sequence[str] | None, device: Device
 ) -> Model:
     """The model at `path`; a simulated copy, kept as long as `stack`, where kernels are lacking."""
-    from onnxq.graph.simulate import runnable
-
     usable, notes = stack.enter_context(runnable(path))
     model = any_model(label, usable, outputs, device)
     for note in notes:

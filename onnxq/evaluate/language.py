@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxq.calibrate.session import InputSpec, open_session
 from onnxq.errors import OnnxqError, missing_package
-from onnxq.evaluate.runners import Device
+from onnxq.evaluate.runners import Device, runnable
 
 Array = NDArray[Any]
 
@@ -135,8 +135,6 @@ def language_model(
     Raises:
         OnnxqError: as `LanguageModel`.
     """
-    from onnxq.graph.simulate import runnable
-
     with runnable(path) as (usable, notes):
         model = LanguageModel(usable, device, name=path)
         yield model, [*notes, *model.notes]

@@ -28,6 +28,9 @@ Device = Literal["auto", "cpu", "cuda"]
 
 _ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
 
+# ONNX Runtime's fix: https://github.com/microsoft/onnxruntime/pull/32452
+_ROUNDS_HALVES_FROM = (1, 30)
+
 # Where onnxruntime's name of a dtype is not numpy's.
 _ORT_NAMES = {"float32": "float", "float64": "double", "object": "string"}
 
@@ -202,6 +205,23 @@ def any_model(label: str, model: Path, outputs: Sequence[str] | None, device: De
     if model.suffix.lower() in _ENGINE_SUFFIXES:
         return engine_model(label, model)
     return onnx_model(label, model, outputs=outputs, device=device)
+
+
+def runnable(path: Path) -> contextlib.AbstractContextManager[tuple[Path, tuple[str, ...]]]:
+    """`graph.simulate.runnable` for the ONNX Runtime that is installed."""
+    from onnxq.graph import simulate
+
+    return simulate.runnable(path, rounds_halves=_rounds_halves())
+
+
+def _rounds_halves() -> bool:
+    """Whether ONNX Runtime's QuantizeLinear rounds FP16; before 1.30 it cuts off on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError:  # whoever opens a session says so
+        return True
+    major, minor = onnxruntime.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= _ROUNDS_HALVES_FROM
 
 
 def gpu_present() -> bool:

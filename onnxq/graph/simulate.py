@@ -3,6 +3,7 @@
 FP4 weights           every value of E2M1 is one of E4M3: the same codes in 8 bits, the same scales
 E8M0 scales           powers of two: the same in FP32
 TensorRT's operators  see `tensorrt_ops`
+FP16 to integers      QuantizeLinear reads FP32, where ONNX Runtime's own of FP16 cuts off
 
 Nothing else of the graph changes; its FP16 stays FP16.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from onnxq.graph.constants import hoist_constants
 from onnxq.graph.dtypes import graph_dtype
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
-from onnxq.graph.query import type_number
+from onnxq.graph.query import label, type_number
 from onnxq.graph.reading import read_proto
 from onnxq.graph.save import save
 from onnxq.graph.tensorrt_ops import OPERATORS
@@ -46,20 +47,27 @@ _TENSORRT = "trt"
 
 
 @contextmanager
-def runnable(path: Path, progress: Progress = silent) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def runnable(
+    path: Path, progress: Progress = silent, *, rounds_halves: bool = True
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """A model to run in place of the one at `path`, and what must be said of that.
 
     It is the file itself where ONNX Runtime has every kernel; else a simulated copy in a temporary
     folder (TMPDIR), gone afterwards. Its weights are streamed there, FP4 at a byte each.
 
+    Args:
+        rounds_halves: whether its QuantizeLinear from FP16 to integers rounds, as ONNX asks.
+
     Raises:
         OnnxqError: an operator of TensorRT in a form that is not simulated, or no space.
     """
-    if path.suffix != ".onnx" or not _lacks_kernels(path):
+    if path.suffix != ".onnx" or not _lacks_kernels(path, rounds_halves):
         yield path, ()
         return
     model = Model.load(path)
     notes = simulate(model)
+    if not rounds_halves:
+        notes += _quantize_in_fp32(model)
     with tempfile.TemporaryDirectory(prefix="onnxq-simulated-") as folder:
         written = save(model, Path(folder) / path.name, external=True, progress=progress)
         yield written[0], notes
@@ -86,16 +94,47 @@ def simulate(model: Model) -> tuple[str, ...]:
     return (f"ran as a simulated graph, exact in ONNX operators: ONNX Runtime lacks {what}",)
 
 
-def _lacks_kernels(path: Path) -> bool:
+def _quantize_in_fp32(model: Model) -> tuple[str, ...]:
+    """Let each QuantizeLinear from FP16 to integers read the same numbers in FP32."""
+    hoist_constants(model)
+    editor, count = Editor(model), 0
+    for node in list(model.graph.nodes):
+        types = [constant_type(t) if isinstance(t, gs.Constant) else 0 for t in node.inputs]
+        if not _cuts_halves(node.op, types):
+            continue
+        (x, scale), name = node.inputs[:2], f"{label(node)}_Cast"
+        count += 1
+        node.inputs[0] = editor.node(
+            "Cast", name, [x], f"{name}_out", np.dtype(np.float32), x.shape, node, to=int(_T.FLOAT)
+        )
+        wide = original(scale).astype(np.float32)
+        node.inputs[1] = editor.constant(f"{scale.name}_fp32", wide)
+    editor.finish()
+    if not count:
+        return ()
+    return (
+        f"{count} QuantizeLinear of FP16 ran in FP32: this ONNX Runtime cuts off where it must "
+        "round, as all do before 1.30; in your own sessions its figures are wrong",
+    )
+
+
+def _lacks_kernels(path: Path, rounds_halves: bool) -> bool:
     try:
         proto, _ = read_proto(path)
     except OnnxqError:  # whoever opens it says what is wrong
         return False
     graph = proto.graph
-    inside = (a.t.data_type for n in graph.node if n.op_type == "Constant" for a in n.attribute)
-    types = {t.data_type for t in graph.initializer}.union(inside)
+    types = {t.name: t.data_type for t in graph.initializer}
+    inside = ((n, a) for n in graph.node if n.op_type == "Constant" for a in n.attribute)
+    types |= {node.output[0]: attribute.t.data_type for node, attribute in inside}
     own = any(n.domain == _TENSORRT and n.op_type in OPERATORS for n in graph.node)
-    return own or bool(types & _NARROW.keys())
+    cut = (_cuts_halves(n.op_type, [types.get(name, 0) for name in n.input]) for n in graph.node)
+    return own or bool(set(types.values()) & _NARROW.keys()) or (not rounds_halves and any(cut))
+
+
+def _cuts_halves(op: str, types: Sequence[int]) -> bool:
+    """Whether an operator quantizes FP16 to integers; types are those of its constants, or 0."""
+    return op == "QuantizeLinear" and types[1] == _T.FLOAT16 and _FP8 not in types[2:]
 
 
 def _is_tensorrts(node: gs.Node) -> bool:

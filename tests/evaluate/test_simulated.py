@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import onnxq
 from onnxq.evaluate.compare import compare
 from onnxq.evaluate.perplexity import perplexity
+from onnxq.evaluate.runners import any_model, runnable
 from onnxq.samples import Data
 
 CODES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn)
@@ -70,6 +71,48 @@ def test_comparison_with_fp4(tmp_path: Path, scratch: Path) -> None:
     assert error is not None and error.as_dict()["snr_db"] == pytest.approx(40.0, abs=1e-3)
     assert "simulated" in found.notes["candidate"][0] and not found.notes["original"]
     assert not list(scratch.iterdir())
+
+
+HALVES = """agraph (float16[N,64] x) => (float16[N,64] y)
+    { q = QuantizeLinear<axis=1>(x, scale, zero)  y = DequantizeLinear<axis=1>(q, scale, zero) }"""
+
+
+@pytest.mark.parametrize("shape", [(), (64,)])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
+def test_fp16_is_rounded_whatever_onnx_runtime_does(
+    dtype: Any, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime before 1.30 cuts x / scale off: its own error then is 4 times as large."""
+    scale = np.full(shape, 0.1, np.float16)
+    model = write(tmp_path / "m.onnx", HALVES, scale=scale, zero=np.zeros(shape, dtype))
+    x = np.random.default_rng(0).uniform(-12, 12, (8, 64)).astype(np.float16)
+    steps = np.rint(x.astype(np.float32) / scale.astype(np.float32))
+    if dtype is ml_dtypes.float8_e4m3fn:
+        steps = (x.astype(np.float32) / scale.astype(np.float32)).astype(dtype)
+    else:
+        steps = np.clip(steps, np.iinfo(dtype).min, np.iinfo(dtype).max)
+    # One multiplication of two FP16 numbers is exact in FP32: rounded once, as the operator does.
+    wanted = (steps.astype(np.float32) * scale.astype(np.float32)).astype(np.float16)
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.0")
+    with runnable(model) as (usable, notes):
+        with any_model("m", usable, None, "cpu") as opened:
+            np.testing.assert_array_equal(opened.infer({"x": x})["y"], wanted)
+        integers = dtype is not ml_dtypes.float8_e4m3fn
+        assert [("before 1.30" in note) for note in notes] == [True] * integers
+    monkeypatch.setattr("onnxruntime.__version__", "1.30.0")
+    with runnable(model) as (usable, notes):
+        assert usable == model and not notes
+
+
+def test_the_report_says_that_fp16_is_rounded_by_other_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = np.float16(0.1)
+    model = write(tmp_path / "m.onnx", HALVES, scale=scale, zero=np.zeros((), np.int8))
+    monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
+    feeds = [{"x": np.ones((1, 64), np.float16)}]
+    found = compare({"original": model, "candidate": model}, feeds)
+    assert any("before 1.30" in line for line in found.lines())
 
 
 def test_errors_layer_by_layer_with_fp4(tmp_path: Path, scratch: Path) -> None:
