@@ -9,12 +9,14 @@ tensor's shape with the blocked axis divided by the block size, rounded up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxq.codes import encode
 from onnxq.formats import (
     Granularity,
     PerBlock,
@@ -39,28 +41,39 @@ class ScaleRangeError(ValueError):
 def peaks(values: FloatArray, granularity: Granularity) -> FloatArray:
     """Largest magnitude under each scale: float32, shaped like the scales.
 
-    max and -min rather than max of abs: the same number without a copy of the values.
+    Without its sign bit, a 16-bit number is the larger the larger the integer of its bits.
     """
+    if values.dtype.itemsize == 2:
+        bits = np.bitwise_and(values.view(np.uint16), 0x7FFF)
+        return np.asarray(_reduced(np.maximum, bits, granularity).view(values.dtype), np.float32)
     low, high = extremes(values, granularity)
     return np.asarray(np.maximum(high, -low), np.float32)
 
 
 def extremes(values: FloatArray, granularity: Granularity) -> tuple[FloatArray, FloatArray]:
     """The least and the largest value under each scale, at most and at least 0 (float32)."""
-    if isinstance(granularity, PerBlock):
-        axis, size = granularity.axis % values.ndim, granularity.size
-        starts = np.arange(0, values.shape[axis], size)
-        low = np.minimum.reduceat(values, starts, axis)
-        high = np.maximum.reduceat(values, starts, axis)
-    else:
-        kept = granularity.axis % values.ndim if isinstance(granularity, PerChannel) else -1
-        others = tuple(i for i in range(values.ndim) if i != kept)
-        low, high = values.min(axis=others, initial=0), values.max(axis=others, initial=0)
+    low = _reduced(np.minimum, values, granularity)
+    high = _reduced(np.maximum, values, granularity)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which a scale refuses
         return (
             np.minimum(np.asarray(low).astype(np.float32), np.float32(0)),
             np.maximum(np.asarray(high).astype(np.float32), np.float32(0)),
         )
+
+
+def _reduced(by: np.ufunc, values: FloatArray, granularity: Granularity) -> FloatArray:
+    """The values under each scale reduced by np.minimum or np.maximum, and 0."""
+    zero = values.dtype.type(0)
+    if not isinstance(granularity, PerBlock):
+        kept = granularity.axis % values.ndim if isinstance(granularity, PerChannel) else -1
+        others = tuple(i for i in range(values.ndim) if i != kept)
+        return np.asarray(by.reduce(values, axis=others, initial=zero))
+    axis, size = granularity.axis % values.ndim, granularity.size
+    length = values.shape[axis]
+    if length % size:
+        return np.asarray(by.reduceat(values, np.arange(0, length, size), axis))
+    blocks = (*values.shape[:axis], length // size, size, *values.shape[axis + 1 :])
+    return np.asarray(by.reduce(values.reshape(blocks), axis=axis + 1, initial=zero))
 
 
 def scale_shape(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
@@ -181,13 +194,38 @@ def quantize(
         Array of the format's dtype, shaped like `values`.
     """
     fmt = scheme.format
+    if zero is None:
+        cube, steps_of = _cubes(values, _step(scale, scheme), scheme.granularity)
+        return encode(cube, steps_of, fmt).reshape(values.shape)
     with np.errstate(over="ignore"):  # beyond FP32 is beyond the last code too
         divided = values.astype(np.float32) / steps(scale, scheme, values.shape)
-    if zero is None:
-        return np.asarray(nearest(divided, fmt).astype(fmt.dtype()))
     np.rint(divided, out=divided)
     divided += _spread(zero.astype(np.float32), scheme.granularity, values.shape)
     return np.asarray(np.clip(divided, fmt.qmin, fmt.qmax).astype(fmt.dtype()))
+
+
+def _cubes(
+    values: FloatArray, step: FloatArray, granularity: Granularity
+) -> tuple[FloatArray, FloatArray]:
+    """Both as [n, m, k], so that one scale is one of n, one of k, or one of both."""
+    values = np.ascontiguousarray(values)
+    if isinstance(granularity, PerTensor) or step.ndim == 0:
+        return values.reshape(-1, 1, 1), step.reshape(1, 1, 1)
+    axis = granularity.axis % values.ndim
+    before, length = math.prod(values.shape[:axis]), values.shape[axis]
+    after = math.prod(values.shape[axis + 1 :])
+    if isinstance(granularity, PerChannel):
+        if after == 1:
+            return values.reshape(before, 1, length), step.reshape(1, 1, length)
+        if before == 1:
+            return values.reshape(length, 1, after), step.reshape(length, 1, 1)
+        return values.reshape(before, length, after), step.reshape(1, length, 1)
+    size = granularity.size
+    if length % size:
+        spread = _spread(step, granularity, values.shape)
+        return values.reshape(-1, 1, 1), np.ascontiguousarray(spread).reshape(-1, 1, 1)
+    blocks = before * (length // size)
+    return values.reshape(blocks, size, after), step.reshape(blocks, 1, after)
 
 
 def nearest(values: FloatArray, fmt: QuantFormat) -> npt.NDArray[np.float32]:
