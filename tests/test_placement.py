@@ -219,6 +219,20 @@ def test_operators_that_multiply_and_are_left() -> None:
     }
 
 
+@pytest.mark.parametrize("opset", [18, 21])
+def test_layers_behind_a_group_normalization_are_seen(opset: int) -> None:
+    """onnx infers no type behind it."""
+    graph = Net(opset=opset)
+    x = graph.input("x", ["n", 32, 8, 8])
+    for i in range(2):
+        x = graph.op("Conv", x, graph.weight(f"w{i}", 32, 32, 3, 3), name=f"/conv{i}")
+        size = 4 if opset == 18 else 32
+        one, zero = (graph.const(f"{n}{i}", np.full(size, n)) for n in (1.0, 0.0))
+        x = graph.op("GroupNormalization", x, one, zero, name=f"/norm{i}", num_groups=4)
+    graph.output(graph.op("Conv", x, graph.weight("last", 32, 32, 1, 1), name="/last"))
+    assert reasons(placed(graph.loaded(21), "fp8")) == {"/conv0": "", "/conv1": "", "/last": ""}
+
+
 def subgraph_net() -> Net:
     """A MatMul outside, and one in each branch of an If, one of them nested in another If."""
     graph = Net()

@@ -18,6 +18,7 @@ from onnx import version_converter
 from onnxq.errors import OnnxqError
 from onnxq.graph.check import TOOL_ERRORS, tool_reason
 from onnxq.graph.excerpt import IR_VERSION, excerpt, is_standard, only, small_constants, types_of
+from onnxq.graph.group_norm import CHANNELWISE, FIRST, channelwise
 from onnxq.graph.names import bodies, taken
 
 _BODIES_UNCHANGED_SINCE = {"If": 1, "Loop": 1, "Scan": 9, "SequenceMap": 17}
@@ -78,15 +79,40 @@ class _Raising:
         for node, typed in zip(graph.node, inferred.node, strict=True):
             for body, typed_body in zip(bodies(node), bodies(typed), strict=True):
                 changed += self.graph(body, typed_body, types, constants)
+            changed += self._repeat(graph, node, types, constants)
         affected = [i for i, node in enumerate(graph.node) if self._changes(node, types)]
         if affected:
             small = excerpt([graph.node[i] for i in affected], types, constants, self.old)
             changed += self._put_in(graph, affected, self._converted(small))
         return changed
 
+    def _repeat(
+        self,
+        graph: onnx.GraphProto,
+        node: onnx.NodeProto,
+        types: Mapping[str, onnx.TypeProto],
+        constants: Mapping[str, onnx.TensorProto],
+    ) -> bool:
+        """Give a GroupNormalization its scales per channel; whether it is one that needs them."""
+        if not self._gets_channels(node):
+            return False
+        try:
+            repeated = list(channelwise(node, types, constants))
+        except ValueError as error:
+            raise self._refused(node, str(error)) from None
+        for index, tensor in enumerate(repeated, 1):
+            tensor.name = self._unique(f"{node.input[index]}_per_channel")
+            graph.initializer.append(tensor)
+            node.input[index] = tensor.name
+        return True
+
+    def _gets_channels(self, node: onnx.NodeProto) -> bool:
+        crossed = FIRST <= self.old < CHANNELWISE <= self.new
+        return crossed and node.op_type == "GroupNormalization" and is_standard(node)
+
     def _changes(self, node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto]) -> bool:
         """Whether the converter must see the node."""
-        if not is_standard(node) or node.op_type == "Constant":
+        if not is_standard(node) or node.op_type == "Constant" or self._gets_channels(node):
             return False
         before, after = _schema(node, self.old), _schema(node, self.new)
         if before is None or (after and after.since_version == before.since_version):

@@ -11,9 +11,11 @@ from onnxq.graph.check import TOOL_ERRORS, check_proto, located, tool_reason
 from onnxq.graph.constants import hoist_constants
 from onnxq.graph.dtypes import graph_dtype, is_known
 from onnxq.graph.edit import is_sorted, sort_nodes
+from onnxq.graph.excerpt import is_standard
 from onnxq.graph.exporting import export
 from onnxq.graph.inlining import inline
 from onnxq.graph.model import Model
+from onnxq.graph.names import nested_nodes
 from onnxq.graph.opset import convert, require_versions
 from onnxq.report import Edit
 
@@ -113,8 +115,15 @@ def _modernise(model: Model) -> list[Edit]:
 
 
 def _inferred(model: Model) -> onnx.ModelProto:
-    """The model with the types that ONNX shape inference finds, in bodies too."""
+    """The model with the types that ONNX shape inference finds, in bodies too.
+
+    It has InstanceNormalization where the model has GroupNormalization.
+    """
     proto = export(model, bare=True)
+    for node in nested_nodes(proto.graph.node):
+        # Inference knows nothing of it, nor of what comes behind; its output is as its first input.
+        if node.op_type == "GroupNormalization" and is_standard(node):
+            node.op_type = "InstanceNormalization"
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=False)
         if _add_ranks(inferred.graph):

@@ -72,6 +72,18 @@ FORMS: dict[str, tuple[int, str, str, list[onnx.TensorProto]]] = {
         "y = BatchNormalization(x, a, b, b, c)",
         [_w("a", [1, 2]), _w("b", [0, 1]), _w("c", [1, 3])],
     ),
+    "GroupNormalization": (
+        18,
+        "(float[2,6,2,2] x) => (float[2,6,2,2] y)",
+        "y = GroupNormalization<num_groups=3, epsilon=0.01>(x, s, b)",
+        [_w("s", [1, 2, 3]), _w("b", [0, 1, -5])],
+    ),
+    "GroupNormalization 20, in FP16": (
+        20,
+        "(float16[1,4,n] x) => (float16[1,4,n] y)",
+        "y = GroupNormalization<num_groups=2>(x, s, s)",
+        [_w("s", [1, 2], np.float16)],
+    ),
     "Slice": (9, "(float[4,4] x) => (y)", "y = Slice<axes=[0],starts=[1],ends=[3]>(x)", []),
     "Slice all": (9, "(float[4,4] x) => (y)", "y = Slice<starts=[1,0],ends=[3,2]>(x)", []),
     "Scatter": (
@@ -128,7 +140,9 @@ def test_the_new_form_computes_what_the_old_one_did(name: str, tmp_path: Path) -
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["Softmax last", "Hardmax rows", "Cast", "DFT", "Squeeze"])
+@pytest.mark.parametrize(
+    "name", ["Softmax last", "Hardmax rows", "Cast", "DFT", "Squeeze", "GroupNormalization"]
+)
 def test_a_form_inside_a_body_is_raised_too(name: str, tmp_path: Path) -> None:
     start, signature, nodes, weights = FORMS[name]
     inputs, outputs = signature.split(" => ")
@@ -154,7 +168,25 @@ REFUSED = {
         "(float[1,4,2,2] x, float[2] s) => (y)",
         "y = GroupNormalization<num_groups=2>(x, s, s)",
         18,
-        "deprecated",
+        "'s', which is to be repeated for each channel, is computed",
+    ),
+    "GroupNormalization of unknown channels": (
+        "(float[1,c,2,2] x) => (y)",
+        "y = GroupNormalization<num_groups=2>(x, two, two)",
+        18,
+        "unknown number of channels make no 2 groups",
+    ),
+    "GroupNormalization with a scale per channel": (
+        "(float[1,4,2,2] x) => (y)",
+        "y = GroupNormalization<num_groups=4>(x, two, two)",
+        18,
+        "'two' has 2 values for 4 groups",
+    ),
+    "GroupNormalization without a bias": (
+        "(float[1,4,2,2] x) => (y)",
+        "y = GroupNormalization<num_groups=2>(x, two)",
+        18,
+        "2 inputs",
     ),
     "BatchNormalization": (
         "(float[1,2,2,2] x, float[2] s) => (y)",
@@ -172,7 +204,7 @@ def test_what_cannot_be_raised_is_named(name: str, tmp_path: Path) -> None:
     signature, nodes, opset, words = REFUSED[name]
     text = f"""<ir_version: 7, opset_import: ["": {opset}]> g {signature} {{
         before = Squeeze(x)  [culprit] {nodes}  after = Cast<to=1>(before) }}"""
-    path = g.saved(g.parsed(text), tmp_path / "old.onnx")
+    path = g.saved(g.parsed(text, _w("two", [1, 2])), tmp_path / "old.onnx")
     with pytest.raises(OnnxqError) as caught:
         prepare(Model.load(path), 21)
     text = str(caught.value)
