@@ -1,31 +1,42 @@
-"""Files that are never half there: written beside the target, then renamed over it."""
+"""Files that are never half there: written beside the target, then renamed over it.
+
+Before a rename the new file's bytes are on the disk, not only in memory: after a power failure too
+there is the old file or the new one. What a killed run left is removed by the next one; the files
+of a running process are locked, and stay.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onnxq.errors import OnnxqError
 
-_TEMPORARY_PREFIX = ".onnxq-"
+TEMPORARY_PREFIX = ".onnxq-"
+_SCRATCH_PREFIX = "onnxq-scratch-"
 _LONGEST_STEM = 128
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def replacing(*targets: Path) -> Iterator[list[Path]]:
-    """Yield one temporary path per target, in the target's folder; rename all on success.
+    """Yield one temporary path per target, in the targets' folder; rename all on success.
 
     On any exception the temporaries are removed and the targets are as they were. The first
-    target is renamed last: it is the file that refers to the others.
+    target is renamed last: it is the file that refers to the others. Two runs that replace the
+    same targets leave those of one of them.
 
     Raises:
         OnnxqError: the folder does not exist or cannot be written, the disk is full, or a target
@@ -34,8 +45,12 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     with contextlib.ExitStack() as stack, reporting(targets[0]):
         temporaries = [stack.enter_context(temporary_beside(target)) for target in targets]
         yield temporaries
-        for temporary, target in reversed(list(zip(temporaries, targets, strict=True))):
-            temporary.replace(target)
+        for temporary in temporaries:
+            flush(temporary)
+        with alone_in(targets[0].parent):
+            for temporary, target in reversed(list(zip(temporaries, targets, strict=True))):
+                temporary.replace(target)
+            flush_folder(targets[0].parent)
 
 
 @contextlib.contextmanager
@@ -51,20 +66,60 @@ def reporting(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_beside(target: Path) -> Iterator[Path]:
+def temporary_beside(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
     """A new empty file in the target's folder; removed at the end unless it was renamed.
 
     It is locked while it is in use. What a killed run left is not, and the next run removes it.
     """
     _refuse_special(target)
-    stem = f"{_TEMPORARY_PREFIX}{target.name[:_LONGEST_STEM]}."
-    _remove_stale(target.parent, stem)
+    stem = _stem(target, prefix)
+    if prefix == TEMPORARY_PREFIX:
+        for stale in left_behind(target):
+            with contextlib.suppress(OSError):
+                stale.unlink()
     path, handle = _create(target.parent, stem)
     try:
         yield path
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def left_behind(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
+    """What killed runs left beside `target`, each locked against others while it is looked at."""
+    for path in target.parent.glob(f"{glob.escape(_stem(target, prefix))}*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if stat.S_ISREG(os.fstat(handle).st_mode) and _lock(handle, wait=False):
+                    yield path
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what is needed meanwhile, in the system's folder for such; removed at the end.
+
+    What killed runs of the same user left there goes first.
+
+    Raises:
+        OnnxqError: there is no such folder, or it is full.
+    """
+    hint = "free some, or set TMPDIR to a folder that has it"
+    with contextlib.ExitStack() as stack:
+        try:
+            _remove_stale_folders(Path(tempfile.gettempdir()))
+            folder = _create_folder(stack)
+        except OSError as error:
+            raise OnnxqError(f"no room for temporary files: {error}", hint) from error
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            message = f"no room for temporary files in {folder.parent}: {error.strerror}"
+            raise OnnxqError(message, hint) from error
 
 
 @contextlib.contextmanager
@@ -81,6 +136,21 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def flush(path: Path) -> None:
+    """Wait until the file's bytes are on the disk; a full one may be noticed only here."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the renames in a folder are on the disk, where the file system can say so."""
+    with contextlib.suppress(OSError):
+        flush(folder)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with replacing(path) as (temporary,):
@@ -94,6 +164,28 @@ def sha256(path: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def refuse_unreadable(path: Path, what: str, hint: str) -> None:
+    """Refuse what is no regular file: a pipe is waited for without end, a device may have no end.
+
+    Args:
+        what: the file's part in the run, for the message: `the text`.
+
+    Raises:
+        OnnxqError: it is not there, or no file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OnnxqError(f"cannot read {what} {path}: {reason}", hint) from None
+    if not stat.S_ISREG(mode):
+        raise OnnxqError(f"cannot read {what} {path}: it is not a file", hint)
+
+
+def _stem(target: Path, prefix: str) -> str:
+    return f"{prefix}{target.name[:_LONGEST_STEM]}."
 
 
 def _refuse_special(target: Path) -> None:
@@ -113,14 +205,25 @@ def _create(folder: Path, stem: str) -> tuple[Path, int]:
         os.close(handle)  # taken for a killed run's, in the moment before it was locked
 
 
-def _remove_stale(folder: Path, stem: str) -> None:
-    """Remove what killed runs left; the files of a running one are locked, and stay."""
-    for path in folder.glob(f"{glob.escape(stem)}*"):
+def _create_folder(stack: contextlib.ExitStack) -> Path:
+    """A new locked folder, which `stack` removes."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        _lock(handle, wait=True)
+        if folder.exists():
+            return folder  # else taken for a killed run's, in the moment before it was locked
+
+
+def _remove_stale_folders(parent: Path) -> None:
+    for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if _lock(handle, wait=False):
-                    path.unlink()
+                if os.fstat(handle).st_uid == os.geteuid() and _lock(handle, wait=False):
+                    shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)
 

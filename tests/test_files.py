@@ -8,12 +8,22 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from onnxq.errors import OnnxqError
-from onnxq.files import replacing, sha256, temporary_beside, write_json
+from onnxq.files import (
+    alone_in,
+    refuse_unreadable,
+    replacing,
+    scratch,
+    sha256,
+    temporary_beside,
+    write_json,
+)
 
 
 def test_all_targets_appear_together(tmp_path: Path) -> None:
@@ -75,6 +85,8 @@ def test_a_new_file_has_the_permissions_of_a_new_file(mask: int, tmp_path: Path)
 
 CHILD = """
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from onnxq.files import temporary_beside
 with temporary_beside(Path(sys.argv[1])) as path:
@@ -117,6 +129,96 @@ def test_names_with_signs_that_patterns_use(tmp_path: Path) -> None:
         write_json(tmp_path / "[ab]", 1)
         write_json(tmp_path / "*", 2)
         assert one.read_text() == "in use"
+
+
+@pytest.fixture
+def system_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_scratch_folder_goes_at_the_end_however_that_comes(system_folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), scratch() as folder:
+        (folder / "a").mkdir()
+        (folder / "a/b").write_text("x")
+        assert folder.parent == system_folder
+        raise KeyboardInterrupt
+    assert list(system_folder.iterdir()) == []
+
+
+SCRATCH = """
+import sys
+from onnxq.files import scratch
+with scratch() as folder:
+    (folder / "half").write_text("x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_next_run_removes_the_scratch_folder_of_a_killed_one(system_folder: Path) -> None:
+    foreign = system_folder / "onnxq-scratching"
+    foreign.mkdir()
+    (system_folder / "onnxq-scratch-link").symlink_to(foreign)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SCRATCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    left = Path(child.stdout.readline().decode().strip())
+    with scratch():
+        assert (left / "half").exists()
+    child.send_signal(signal.SIGKILL)
+    child.wait(timeout=20)
+    assert (left / "half").exists()
+    with scratch() as folder:
+        assert not left.exists() and folder.exists()
+    assert sorted(p.name for p in system_folder.iterdir()) == [
+        "onnxq-scratch-link",
+        "onnxq-scratching",
+    ]
+
+
+def test_a_full_or_missing_folder_for_temporary_files_is_one_line(
+    system_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OnnxqError, match=r"no room .*No space left.*TMPDIR"), scratch():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), scratch():  # not ours to explain
+        raise FileNotFoundError("other")
+    monkeypatch.setattr(tempfile, "tempdir", str(system_folder / "missing"))
+    with pytest.raises(OnnxqError, match=r"no room .*TMPDIR"), scratch():
+        pass
+
+
+def test_two_runs_leave_the_files_of_one(tmp_path: Path) -> None:
+    """One that comes to its renames while another is at them waits."""
+    targets = tmp_path / "a.plan", tmp_path / "a.plan.json"
+
+    def write() -> None:
+        with replacing(*targets) as files:
+            for file in files:
+                file.write_text("second")
+
+    other = threading.Thread(target=write)
+    with alone_in(tmp_path):
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not targets[0].exists()
+    other.join(20)
+    assert [t.read_text() for t in targets] == ["second"] * 2
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", ".", "missing", "nul\0", "n" * 300):
+        with pytest.raises(OnnxqError, match=r"cannot read the text .*; give one") as caught:
+            refuse_unreadable(tmp_path / name, "the text", "give one")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "file").touch()
+    refuse_unreadable(tmp_path / "file", "the text", "give one")
 
 
 def test_sha256(tmp_path: Path) -> None:

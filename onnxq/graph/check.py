@@ -19,10 +19,13 @@ from onnxq.errors import OnnxqError
 from onnxq.graph.dtypes import is_known, is_packed, payload_bytes
 from onnxq.graph.names import bodies, captured, made, nested_nodes, tensors_of
 
-MAX_INLINED_NODES = 2_000_000
-"""Functions that call functions can make a small file unfold without bound."""
+MAX_NODES = 500_000
+"""Also after functions are unfolded: those that call functions can make a small file endless."""
 
 MAX_CALL_DEPTH = 100
+MAX_RANK = 32
+"""Of an array in numpy 1; ONNX Runtime and TensorRT take fewer dimensions."""
+
 LONGEST_MESSAGE = 600
 
 TOOL_ERRORS = (
@@ -113,6 +116,8 @@ def check_tensor(tensor: onnx.TensorProto) -> None:
         raise _bad(tensor, f"has the element type {tensor.data_type}, which ONNX does not know")
     if any(d < 0 for d in shape):
         raise _bad(tensor, f"has a negative dimension: {_dims(shape)}")
+    if len(shape) > MAX_RANK:
+        raise _bad(tensor, f"has {len(shape)} dimensions")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
     if tensor.HasField("raw_data"):
@@ -130,7 +135,7 @@ def check_sparse(sparse: onnx.SparseTensorProto) -> None:
         check_tensor(tensor)
     count, rank = tuple(values.dims), len(sparse.dims)
     places = tuple(indices.dims)
-    fits = len(count) == 1 and places in (count, (*count, rank))
+    fits = len(count) == 1 and places in (count, (*count, rank)) and rank <= MAX_RANK
     if not fits or indices.data_type != onnx.TensorProto.INT64 or any(d < 0 for d in sparse.dims):
         raise _bad(values, f"is sparse with values {_dims(count)} at indices {_dims(places)}")
 
@@ -172,6 +177,8 @@ def _check_graph(graph: onnx.GraphProto, outer: list[set[str]]) -> None:
         return any(name in scope for scope in scopes)
 
     for index, node in enumerate(graph.node):
+        if not node.op_type:
+            raise OnnxqError(f"{_label(node, index)} has no operator", "export the model again")
         for name in node.input:
             if name and not known(name):
                 raise OnnxqError(
@@ -269,10 +276,11 @@ def _check_calls(proto: onnx.ModelProto) -> None:
             total += sizes[key]
         return total
 
-    if size(proto.graph.node, ()) > MAX_INLINED_NODES:
+    if size(proto.graph.node, ()) > MAX_NODES:
+        what = "its functions unfold into" if proto.functions else "it has"
         raise OnnxqError(
-            f"its functions unfold into more than {MAX_INLINED_NODES} nodes",
-            "export the model without functions",
+            f"{what} more than {MAX_NODES:,} nodes",
+            "split it, or export it without unrolling",
         )
 
 

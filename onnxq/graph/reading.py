@@ -12,16 +12,13 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxq.errors import OnnxqError
-from onnxq.graph import wire
+from onnxq.graph import parts, wire
 from onnxq.graph.check import check_proto, located
 from onnxq.graph.names import attribute_tensors, nested_tensors, tensors_of
 from onnxq.graph.weights import stored
 
 NESTED_LIMIT = 1_900_000_000
 """Bytes of weights in bodies and functions, which are written inline: a file holds 2 GiB."""
-
-
-_REFERENCE_BYTES = 1 << 16  # more than a tensor without data takes
 
 
 def read_proto(path: Path) -> tuple[onnx.ModelProto, frozenset[Path]]:
@@ -70,26 +67,19 @@ def is_value(attribute: onnx.AttributeProto) -> bool:
 
 
 def data_locations(path: Path) -> set[str]:
-    """Locations of the external data of a file's initializers; the file is not parsed as a whole.
+    """Locations of the external data of a file's tensors; the file is not parsed as a whole.
 
     Raises:
         OnnxqError: no such file, or no ONNX model.
     """
-    found = set()
     with _mapped(path) as buffer:
-        for number, _, _, start, end in wire.fields(buffer, 0, len(buffer)):
-            if number != wire.MODEL_GRAPH:
-                continue
-            for inner, _, _, value, stop in wire.fields(buffer, start, end):
-                if inner == wire.GRAPH_INITIALIZER and stop - value < _REFERENCE_BYTES:
-                    tensor = onnx.TensorProto.FromString(bytes(buffer[value:stop]))
-                    found.add(location(tensor))
-    return found - {""}
+        return set(parts.locations(buffer))
 
 
 def _parse(path: Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     with _mapped(path) as buffer:
+        parts.refuse_oversized(buffer)
         proto.ParseFromString(wire.strip(buffer, path.name))
     return proto
 

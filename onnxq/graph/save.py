@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import IO
 import onnx
 
 from onnxq.errors import OnnxqError
-from onnxq.files import alone_in, reporting, temporary_beside
+from onnxq.files import reporting, temporary_beside
 from onnxq.graph import wire
+from onnxq.graph.commit import commit
 from onnxq.graph.model import Model
-from onnxq.graph.reading import data_locations
 from onnxq.graph.references import set_reference
 from onnxq.graph.weights import Values
 from onnxq.progress import Progress, silent
@@ -57,7 +56,7 @@ def save(
         with model_file.open("wb") as stream:
             for piece in _inline_pieces(proto, values, progress):
                 stream.write(piece)
-        _commit([(model_file, path)], model.sources)
+        commit([(model_file, path)], model.sources)
     return [path]
 
 
@@ -76,30 +75,8 @@ def _save_external(
             if tensor.name in values:
                 tensor.external_data[0].value = data.name
         model_file.write_bytes(_serialize(proto))
-        _commit([(data_file, data), (model_file, path)], sources)
+        commit([(data_file, data), (model_file, path)], sources)
     return [path, data]
-
-
-def _commit(renames: list[tuple[Path, Path]], sources: frozenset[Path]) -> None:
-    """Put the new files in place, the model last, and then remove the old model's data.
-
-    Under a lock: another run that replaces the same model would read which data is old while this
-    one makes it new.
-    """
-    path = renames[-1][1]
-    with alone_in(path.parent):
-        kept = {p.resolve() for p in (*sources, *(target for _, target in renames))}
-        old = [p for p in _own_data(path) if p.resolve() not in kept]
-        new = [target for _, target in renames[:-1] if not target.exists()]
-        try:
-            for file, target in renames:
-                file.replace(target)
-        except BaseException:
-            for target in set(new) - set(_own_data(path)):
-                target.unlink(missing_ok=True)
-            raise
-        for leftover in old:
-            leftover.unlink(missing_ok=True)
 
 
 def _write_data(
@@ -181,13 +158,3 @@ def _refuse_source(path: Path, sources: frozenset[Path]) -> None:
     for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
             raise OnnxqError(f"the output is a file of the input: {path}", "give another path")
-
-
-def _own_data(path: Path) -> list[Path]:
-    """Data files that the model now at `path` refers to and that an earlier `save` named."""
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
-    try:
-        names = data_locations(path)
-    except OnnxqError:
-        return []
-    return [path.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _PIECE = 8 << 20
-_DENSE_LIMIT = 4 << 30  # bytes; a few bytes of a file could claim any size
+_DENSE_LIMIT = 1 << 30  # bytes; a few bytes of a file could claim any size
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,9 @@ def stored(tensor: onnx.TensorProto, folder: Path) -> StoredValues:
         status = path.stat()
         offset, length = int(entry.get("offset") or 0), int(entry.get("length") or needed)
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OnnxqError(
-            f"weight {tensor.name!r}: cannot read its data file {path}: {error}",
+            f"weight {tensor.name!r}: cannot read its data file {path}: {reason}",
             "the external data must lie beside the model file",
         ) from None
     if not stat.S_ISREG(status.st_mode):

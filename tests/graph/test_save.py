@@ -182,9 +182,7 @@ def test_kill(point: str, number: int, out: tuple[Path, bool], tmp_path: Path) -
     assert _value(path) == (2 if finished else 1)
     save(Model.load(source), path, external=external)
     assert _value(path) == 2
-    left = _strays(path)
-    # Killed in the moment between the last rename and the removal: the old data is not lost data.
-    assert all(finished and name.endswith(".data") for name in left)
+    assert _strays(path) == []
 
 
 def test_ctrl_c_of_a_running_process(tmp_path: Path) -> None:
