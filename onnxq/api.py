@@ -19,7 +19,7 @@ from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
 from onnxq.progress import Progress, silent
-from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
+from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule, presets
 from onnxq.recipe import load as load_recipe
 from onnxq.report import Report
 from onnxq.results import Built, Compared, Inspected, Quantized, Result
@@ -73,7 +73,8 @@ def quantize(
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
     from onnxq.graph.save import save
-    from onnxq.transform import activation_ranges, apply_placement, settle
+    from onnxq.solving import Solver
+    from onnxq.transform import activation_ranges, apply_placement, input_grams, settle
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
@@ -94,17 +95,21 @@ def quantize(
         if save_calib is not None:
             table.save(Path(save_calib))
     ranges = activation_ranges(placement, table) if table is not None else None
+    solver = Solver(chosen.steps, input_grams(placement, table)) if table and chosen.steps else None
     report.edits += convert_base(
         graph,
         precision,
         convert_io=io == "fp16",
         samples=samples,
-        calibrated={n: table.range(n, "max") for n in table.statistics} if table else None,
+        calibrated=table.peaks() if table else None,
         device=device,
         progress=progress,
     )
     placement = settle(placement, ranges)
-    report.edits += apply_placement(graph, placement, ranges, progress)
+    report.edits += apply_placement(graph, placement, ranges, progress, solver)
+    if solver is not None:
+        report.edits += solver.edits()
+        report.facts["rounding"] = solver.facts()
     record.stamp(graph, chosen, target, precision, table.digest if table else None)
     written = save(graph, destination, progress=progress)
 
@@ -312,7 +317,7 @@ def choose_recipe(
         chosen, reason = default_for(gpu)
     if calibrator is not None:
         check_calibrator(calibrator)
-        if not chosen.needs_data:
+        if not chosen.needs_ranges:
             raise OnnxqError(
                 f"recipe {chosen.name} has no ranges to calibrate", "leave out --calibrator"
             )
@@ -367,10 +372,12 @@ def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
 
 def _refuse_missing_data(recipe: Recipe, data: Data, tables: Sequence[PathLike]) -> None:
     if recipe.needs_data and not data.given and not tables:
+        what = "static scales" if recipe.needs_ranges else "steps that look at its layers' inputs"
+        others = ", ".join(n for n, r in presets().items() if not r.needs_data)
         raise OnnxqError(
-            f"recipe {recipe.name} has static scales and needs calibration data",
-            "give --calib data.npz or --text with --tokenizer; or use the recipes fp8-dynamic or "
-            "int8-dynamic, which need none; or --random-calib for a trial with random data",
+            f"recipe {recipe.name} has {what} and needs calibration data",
+            f"give --calib data.npz or --text with --tokenizer; or use a recipe that needs none "
+            f"({others}); or --random-calib for a trial with random data",
         )
 
 
@@ -390,8 +397,7 @@ def _calibrate(
 
     if not placement.recipe.needs_data:
         return None
-    statistic = "amax" if placement.recipe.calibrator == "max" else "histogram"
-    watched = dict.fromkeys(watched_tensors(placement), statistic)
+    watched = watched_tensors(placement)
     if not tables:
         assert samples is not None  # `_refuse_missing_data` saw to it
         return calibrate(

@@ -20,7 +20,7 @@ from onnxq import numerics
 from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme
 from onnxq.graph.emit_weight import CodedWeight
 from onnxq.recipe import Recipe
-from onnxq.rounding import Array, Nearest, Rounded
+from onnxq.rounding import Array, Nearest, Rounded, Rounding
 from onnxq.schemes import granularity
 from onnxq.sites import Site
 
@@ -28,8 +28,9 @@ from onnxq.sites import Site
 class Coder:
     """Codes weights under one recipe; the same object for layers that use a weight alike."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, rounding: Rounding | None = None) -> None:
         self.recipe, self.nearest = recipe, Nearest()
+        self.rounding = rounding or self.nearest
         self._known: dict[tuple[Rounded, Any], CodedWeight] = {}
 
     def code(self, sites: Sequence[Site], dtype: Any) -> list[CodedWeight]:
@@ -49,7 +50,7 @@ class Coder:
         return self._expanded(sites, activations, dtype)
 
     def _alone(self, site: Site, scale_type: str) -> CodedWeight:
-        rounded = self.nearest(site, self._scheme(site, scale_type))
+        rounded = self.rounding(site, self._scheme(site, scale_type))
         return self._once(rounded, None, _stored(rounded))
 
     def _eight_bits(self, sites: Sequence[Site], dtype: Any) -> list[CodedWeight]:
@@ -69,7 +70,7 @@ class Coder:
         found = []
         for site, scheme in zip(sites, schemes, strict=True):
             self.nearest.peaks(site, scheme.granularity)
-            rounded = self.nearest(site, scheme)
+            rounded = self.rounding(site, scheme)
             coded = replace(_stored(rounded), scale=rounded.scale())
             if behind:
                 unit_scale = np.array(scheme.unit).astype(dtype)
@@ -87,7 +88,7 @@ class Coder:
         The unit and each channel's share are powers of two: the scales of the blocks are the same
         but for their exponents, and the compiler's product with 1 / unit is a division.
         """
-        rounded = [self.nearest(site, self._scheme(site, dtype.name)) for site in sites]
+        rounded = [self.rounding(site, self._scheme(site, dtype.name)) for site in sites]
         wanted = [_channel_scales(r, activations) for r in rounded]
         unit = numerics.common_scale(wanted, dtype)
         found = []

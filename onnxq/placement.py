@@ -14,7 +14,7 @@ of the bytes between layers, and rounds the stream that every later block reads.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from onnxq.errors import OnnxqError
@@ -26,7 +26,7 @@ from onnxq.graph.roles import first_convolutions, last_layers
 from onnxq.reasons import Context, head_sizes, obstacle, reason_to_leave
 from onnxq.recipe import Recipe, Rule
 from onnxq.schemes import granularity
-from onnxq.sites import Site, bystanders, find_sites
+from onnxq.sites import Site, bystanders, current, find_sites
 
 __all__ = ["Decision", "Placement", "Site", "find_sites", "place"]
 
@@ -57,6 +57,11 @@ class Placement:
     def left(self) -> tuple[Decision, ...]:
         """The sites left as they are."""
         return tuple(d for d in self.decisions if not d.quantized)
+
+    def current(self) -> Placement:
+        """The same with the weights that the sites' nodes read now, after some were rescaled."""
+        found = (replace(d, site=current(d.site)) for d in self.decisions)
+        return replace(self, decisions=tuple(found))
 
     def lines(self) -> list[str]:
         """One line a site, for people and golden tests."""
@@ -138,7 +143,7 @@ def _decide(site: Site, context: Context) -> Decision:
 def _said(site: Site, recipe: Recipe) -> str:
     """What is done with a site that is quantized."""
     how = "scales computed per sample" if site.kind == "conv" else "scales computed per token"
-    if recipe.needs_data:
+    if recipe.needs_ranges:
         how = f"{recipe.calibrator} range"
     if recipe.activations == "mxfp8":
         how = "scales computed per block"

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from onnxq.algorithms import KINDS, STEPS
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme, quant_format
 from onnxq.gpus import Target
@@ -57,6 +58,8 @@ class Recipe:
         activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
         calibrator: `max`, `percentile:99.99`, `entropy` or `mse`.
+        steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
+            weight becomes the largest code, and all are rounded to nearest.
         attention: quantize the two products and the probabilities of each attention.
         lm_head, first, last: what happens to the vocabulary projection, to the first convolution
             and to the layer that makes an output.
@@ -72,6 +75,7 @@ class Recipe:
     activations: str = "fp8"
     mode: Mode = "static"
     calibrator: str = "max"
+    steps: tuple[str, ...] = ()
     attention: bool = False
     lm_head: Choice = "leave"
     first: Choice = "quantize"
@@ -84,7 +88,12 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether a calibration is needed."""
+        """Whether a calibration is needed: for ranges, or for the steps' Gram matrices."""
+        return self.needs_ranges or bool(self.steps)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether it has static scales of activations."""
         return self.mode == "static" and self.activations not in ("none", "mxfp8")
 
     @property
@@ -113,7 +122,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain data as YAML and JSON have it; `from_dict` reads it back."""
         content = _shallow(self)
-        return {**content, "ops": list(self.ops), "rules": [r.as_dict() for r in self.rules]}
+        lists = {"ops": list(self.ops), "steps": list(self.steps)}
+        return {**content, **lists, "rules": [r.as_dict() for r in self.rules]}
 
     def with_rules(self, rules: tuple[Rule, ...]) -> Recipe:
         """The same with more rules behind its own."""
@@ -144,12 +154,19 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
     _check_types(f"recipe {source}", values)
     values["rules"] = tuple(rule_from(r, f"recipe {source}") for r in values.get("rules", ()))
     values["ops"] = tuple(values.get("ops", _OPS))
+    values["steps"] = tuple(values.get("steps", ()))
     return Recipe(**values)
 
 
 def _check_types(where: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        kind = {"attention": bool, "block_size": int, "ops": list, "rules": list}.get(name, str)
+        kind = {
+            "attention": bool,
+            "block_size": int,
+            "ops": list,
+            "rules": list,
+            "steps": list,
+        }.get(name, str)
         wrong = isinstance(value, bool) and kind is not bool
         if wrong or not isinstance(value, (list, tuple) if kind is list else kind):
             word = {bool: "true or false", int: "a number", list: "a list", str: "text"}[kind]
@@ -171,10 +188,23 @@ def _check_values(recipe: Recipe) -> None:
     for op in recipe.ops:
         check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
+    _check_steps(recipe, where)
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
         raise OnnxqError(
             f"{where}: attention in {recipe.activations} {recipe.mode}",
             "TensorRT fuses quantized attention in static fp8 only",
+        )
+
+
+def _check_steps(recipe: Recipe, where: str) -> None:
+    for name in recipe.steps:
+        check_choice(where, "steps", name, tuple(STEPS))
+    order = [KINDS.index(STEPS[name][0]) for name in recipe.steps]
+    if sorted(set(order)) != order:
+        kinds = ", then ".join(KINDS)
+        raise OnnxqError(
+            f"{where}: the steps {', '.join(recipe.steps)} make no sense in this order",
+            f"a step of each kind at most, {kinds}",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxq.graph.attention import Attention, attentions
 from onnxq.graph.ir import Node
@@ -17,6 +17,7 @@ from onnxq.graph.query import (
     module_path,
     type_word,
 )
+from onnxq.graph.rescale import is_rescaled, source
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ def find_sites(model: Model) -> list[Site]:
         kind = "conv" if node.op.startswith("Conv") else linear
         sites.append(Site(node, kind, operand, module))
     return sites
+
+
+def current(site: Site) -> Site:
+    """The site with the weight its node reads now: rescaling gives it another."""
+    if site.operand is None:
+        return site
+    return replace(site, operand=constant_operand(site.node, 1))
+
+
+def is_current(site: Site) -> bool:
+    """Whether the weight has not been rescaled since the site was found."""
+    now = constant_operand(site.node, 1)
+    if site.operand is None or now is None or now.constant is site.operand.constant:
+        return True
+    read = source(now.constant)
+    return read is site.operand.constant or not is_rescaled(read)
 
 
 _MULTIPLYING = ("MatMul", "Gemm", "Conv", "ConvTranspose")

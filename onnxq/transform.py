@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
+from onnxq.rounding import Rounding
+from onnxq.sites import is_current
 
 SOFTMAX_PEAK = 1.0
 """Probabilities need no calibration: the scale is 1/448."""
@@ -45,15 +47,25 @@ def _static_inputs(placement: Placement) -> Iterator[tuple[Node, int]]:
         yield from _measured_inputs(decision.site)
 
 
-def watched_tensors(placement: Placement) -> list[str]:
-    """Names of the tensors a static recipe needs ranges of, each once."""
-    if not placement.recipe.needs_data:
-        return []
-    return list(dict.fromkeys(node.inputs[i].name for node, i in _static_inputs(placement)))
+def watched_tensors(placement: Placement) -> dict[str, str]:
+    """The tensors a recipe needs statistics of, in graph order, and which (see `statistics`)."""
+    recipe = placement.recipe
+    wanted: dict[str, list[str]] = {}
+    for decision in placement.quantized:
+        site = decision.site
+        if recipe.needs_ranges:
+            kind = "amax" if recipe.calibrator == "max" else "histogram"
+            for node, i in _measured_inputs(site):
+                wanted.setdefault(node.inputs[i].name, []).append(kind)
+        if recipe.steps and site.kind == "linear":
+            wanted.setdefault(site.node.inputs[0].name, []).append("gram")
+    return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items()}
 
 
-def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges:
+def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges | None:
     """Ranges by input; taken before the base precision is converted, which renames tensors."""
+    if not placement.recipe.needs_ranges:
+        return None
     recipe, fmt = placement.recipe, placement.recipe.activation_format
     # The scales of blocks follow the values: the tensor's has to hold the largest.
     method = "max" if fmt is not None and fmt.block else recipe.calibrator
@@ -61,6 +73,16 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges:
         (id(node), i): table.range(node.inputs[i].name, method, recipe.activations)
         for node, i in _static_inputs(placement)
     }
+
+
+def input_grams(placement: Placement, table: CalibrationTable) -> Callable[[Site], Any]:
+    """The Gram matrix of what each linear layer reads; taken when `activation_ranges` is."""
+    names = {
+        id(d.site.node): d.site.node.inputs[0].name
+        for d in placement.quantized
+        if d.site.kind == "linear"
+    }
+    return lambda site: table.gram(names[id(site.node)]) if id(site.node) in names else None
 
 
 def settle(placement: Placement, ranges: Ranges | None) -> Placement:
@@ -100,18 +122,23 @@ def apply_placement(
     placement: Placement,
     ranges: Ranges | None,
     progress: Progress = silent,
+    rounding: Rounding | None = None,
 ) -> list[Edit]:
     """Emit the Q/DQ of every quantized site; returns one Edit a site.
 
     Args:
         placement: of `settle`.
         ranges: of `activation_ranges`; None for dynamic recipes.
+        rounding: how weights are rounded; None: to nearest.
 
     Raises:
         OnnxqError: a weight or a range is not finite.
     """
+    stale = [d.site.name for d in placement.quantized if not is_current(d.site)]
+    if stale:
+        raise AssertionError(f"{stale[0]!r} was rescaled: take Placement.current() first")
     editor = Editor(model)
-    emitter, coder = Emitter(editor), Coder(placement.recipe)
+    emitter, coder = Emitter(editor), Coder(placement.recipe, rounding)
     edits = []
     done, total = 0, len(placement.quantized)
     for group in _groups(placement):

@@ -71,6 +71,15 @@ class CalibrationTable:
             "calibrate again with that method, or use max",
         )
 
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude of every tensor that has its range."""
+        return {
+            tensor: statistic.amax
+            for tensor, found in self.statistics.items()
+            for statistic in found.values()
+            if isinstance(statistic, Amax)
+        }
+
     def extremes(self, tensor: str) -> tuple[float, float]:
         """The smallest and the largest value of `tensor`.
 
