@@ -30,6 +30,9 @@ from onnxq.formats import (
 FloatArray = npt.NDArray[Any]
 
 
+_EXPONENT = np.uint32(0x7F800000)  # of a float32's bits
+
+
 class NotFiniteError(ValueError):
     """Values that hold NaN or infinity: no scale fits them."""
 
@@ -233,7 +236,15 @@ def nearest(values: FloatArray, fmt: QuantFormat) -> npt.NDArray[np.float32]:
     grid = np.clip(values, fmt.qmin, fmt.qmax, dtype=np.float32)
     if not fmt.is_float:
         return np.asarray(np.rint(grid, out=grid))
-    return np.asarray(grid.astype(fmt.dtype()).astype(np.float32))
+    # A sum with 1.5 x 2^(exponent + 23 - mantissa bits) keeps just the format's mantissa.
+    info = _finfo(fmt.dtype())
+    least = np.float32(2.0 ** int(info.minexp))
+    large = np.asarray(np.bitwise_and(grid.view(np.uint32), _EXPONENT)).view(np.float32)
+    np.maximum(large, least, out=large)
+    large *= np.float32(1.5 * 2.0 ** (23 - int(info.nmant)))
+    rounded = grid + large
+    rounded -= large
+    return np.asarray(np.copysign(rounded, grid, out=rounded))
 
 
 def dequantize(

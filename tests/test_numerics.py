@@ -403,3 +403,20 @@ def test_the_scale_stored_is_the_scale_used() -> None:
         quantize(weight, stored, INT8),
         quantize_linear(weight, stored.astype(np.float32), "int8"),
     )
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_nearest_values_are_those_of_a_cast(name: str) -> None:
+    """At every code, every midpoint, one float32 to either side, and far outside; signs of 0 too."""
+    fmt = quant_format(name)
+    codes = np.arange(1 << fmt.bits, dtype=np.uint8).view(fmt.dtype()).astype(np.float32)
+    values = np.unique(codes[np.isfinite(codes)])
+    middles = (values[1:] + values[:-1]) / 2
+    sides = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
+    rng = np.random.default_rng(0)
+    many = rng.standard_normal(10_000) * np.exp(rng.uniform(-40, 9, 10_000))
+    given = np.concatenate([values, middles, *sides, many, [-0.0, 1e-45, 3e38]])
+    given = np.concatenate([given, -given]).astype(np.float32)
+    expected = np.clip(given, fmt.qmin, fmt.qmax).astype(fmt.dtype()).astype(np.float32)
+    found = numerics.nearest(given, fmt)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
