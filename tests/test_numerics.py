@@ -407,8 +407,8 @@ def test_the_scale_stored_is_the_scale_used() -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 def test_nearest_values_are_those_of_a_cast(name: str) -> None:
-    """At every code, every midpoint, one float32 to either side, and far outside; signs of 0 too."""
-    fmt = quant_format(name)
+    """At every code and midpoint, one float32 to either side, and far outside; signs of 0 too."""
+    fmt = FORMATS[name]
     codes = np.arange(1 << fmt.bits, dtype=np.uint8).view(fmt.dtype()).astype(np.float32)
     values = np.unique(codes[np.isfinite(codes)])
     middles = (values[1:] + values[:-1]) / 2
