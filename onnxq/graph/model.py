@@ -26,8 +26,8 @@ from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.fingerprint import fingerprint
 from onnxq.graph.names import captured, made, taken
 from onnxq.graph.reading import read_proto
-from onnxq.graph.references import Reference, refer, refer_resolved
-from onnxq.graph.weights import StoredValues
+from onnxq.graph.references import Reference, fill_in, refer, refer_resolved
+from onnxq.graph.weights import DerivedValues, StoredValues
 from onnxq.report import Edit
 
 _INHERITED = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "namespace")
@@ -170,7 +170,8 @@ class Model:
     def session_model(self, outputs: Sequence[str] | None = None) -> tuple[bytes, Path]:
         """A serialized model for ONNX Runtime, and the folder its external weights lie in.
 
-        Nothing is written: the weights are read from the file they are in.
+        Nothing is written: the weights are read from the file they are in; those that are
+        computed (rescaled, cast) are in the model itself.
 
         Args:
             outputs: the only outputs wanted, of any tensors of the main graph; what they do not
@@ -184,6 +185,8 @@ class Model:
         proto = self.export()
         if outputs is not None:
             cut(proto.graph, outputs, exporting.value_types(self))
+        values = {c.name: c._values for c in self.constants()}
+        fill_in(proto, {n: v for n, v in values.items() if isinstance(v, DerivedValues)})
         return proto, refer_resolved(proto, self._references(), self.path.parent)
 
     def _references(self) -> dict[str, Reference]:

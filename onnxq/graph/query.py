@@ -83,7 +83,7 @@ def constant_operand(node: gs.Node, index: int) -> ConstantOperand | None:
         if source is None or source.op not in ("Identity", "Cast", "Transpose"):
             return None
         if source.op == "Transpose":
-            step = _permutation(source)
+            step = perm_of(source)
             if step is None:
                 return None
             permutation = step if permutation is None else tuple(step[i] for i in permutation)
@@ -94,7 +94,7 @@ def constant_operand(node: gs.Node, index: int) -> ConstantOperand | None:
     return ConstantOperand(tensor, permutation, tuple(reversed(through)))
 
 
-def _permutation(transpose: gs.Node) -> tuple[int, ...] | None:
+def perm_of(transpose: gs.Node) -> tuple[int, ...] | None:
     """Its axes; without the attribute they are reversed, for which the rank must be known."""
     if transpose.attrs.get("perm") is not None:
         return tuple(transpose.attrs["perm"])

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import onnx
 
+from onnxq.errors import OnnxqError
 from onnxq.graph.reading import is_external
-from onnxq.graph.weights import Extent
+from onnxq.graph.weights import DerivedValues, Extent
+
+LARGEST_MESSAGE = 2_000_000_000
+"""Bytes: a serialized protobuf message must stay below 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,25 @@ def refer(proto: onnx.ModelProto, references: Mapping[str, Reference]) -> None:
     for tensor in filter(is_external, proto.graph.initializer):
         reference = _find(tensor, references)
         point(tensor, reference.extent, reference.extent.path.relative_to(reference.folder))
+
+
+def fill_in(proto: onnx.ModelProto, computed: Mapping[str, DerivedValues]) -> None:
+    """Compute the initializers that lie in no file, and put their values into the model.
+
+    Raises:
+        OnnxqError: they do not fit a message.
+    """
+    found = [t for t in proto.graph.initializer if is_external(t) and t.name in computed]
+    total = sum(computed[t.name].nbytes for t in found)
+    if total > LARGEST_MESSAGE:
+        raise OnnxqError(
+            f"{total / 1e9:.1f} GB of weights have been changed: too many to run the model unsaved",
+            "run it before they are changed, or save it first",
+        )
+    for tensor in found:
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.raw_data = b"".join(computed[tensor.name].pieces())
 
 
 def refer_resolved(

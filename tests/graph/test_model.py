@@ -81,7 +81,21 @@ def test_what_is_computed_on_writing_has_no_file_to_refer_to(tmp_path: Path) -> 
     new = editor.derived("cast", T.FLOAT, tuple(old.shape), lambda: np.zeros((32, 64), np.float32))
     editor.replace_input(node, 1, new)
     with pytest.raises(AssertionError, match="'cast' is computed when the model is saved"):
-        model.session_model()
+        model.referring()
+
+
+def test_a_session_gets_what_is_computed_on_writing(tmp_path: Path) -> None:
+    """So that a model whose weights were changed can be measured before it is saved."""
+    model = Model.load(g.saved(g.mlp(), tmp_path / "in.onnx"))
+    editor = Editor(model)
+    node = model.graph.nodes[0]
+    old = node.inputs[1]
+    changed = np.arange(32 * 64, dtype=np.float32).reshape(32, 64)
+    new = editor.derived("cast", T.FLOAT, tuple(old.shape), lambda: changed)
+    editor.replace_input(node, 1, new)
+    content, folder = model.session_model(["a"])
+    feed = {"x": np.eye(3, 32, dtype=np.float32)}
+    np.testing.assert_array_equal(g.outputs_of(content, feed, folder)[0], changed[:3])
 
 
 def test_bytes_outside_are_counted_once(tmp_path: Path) -> None:
