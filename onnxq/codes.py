@@ -11,7 +11,9 @@ ml_dtypes' casts do 0.17 G at most.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,11 @@ Array = npt.NDArray[Any]
 
 _PIECE = 1 << 16
 """Numbers at a time: three buffers of them fit the second-level cache."""
+
+_PARTS_EACH = 8
+"""Pieces that are worth a thread."""
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _TO_INTEGER = np.float32(1.5 * 2**23)
 _MAGNITUDE, _EXPONENT = 0x7FFFFFFF, 0x7F800000
@@ -40,9 +47,26 @@ def encode(values: Array, steps: Array, fmt: QuantFormat) -> Array:
         Codes of the format's dtype, shaped like `values`.
     """
     out = np.empty(values.shape, np.uint8)
+    parts = list(_parts(values.shape))
+    workers = min(_CORES, len(parts) // _PARTS_EACH)
+    if workers < 2:
+        _encode(values, steps, fmt, out, parts)
+        return out.view(fmt.dtype())
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [parts[i::workers] for i in range(workers)]
+        waiting = [pool.submit(_encode, values, steps, fmt, out, share) for share in shares]
+        for future in waiting:
+            future.result()
+    return out.view(fmt.dtype())
+
+
+def _encode(
+    values: Array, steps: Array, fmt: QuantFormat, out: Array, parts: list[tuple[slice, ...]]
+) -> None:
+    """The codes of some parts, each into its own place: whoever does it, the bytes are the same."""
     write = _Floats(fmt) if fmt.is_float else _Integers(fmt)
-    wide = np.empty(min(_PIECE, max(values.size, 1)), np.float32)
-    for part in _parts(values.shape):
+    wide = np.empty(0, np.float32)
+    for part in parts:
         piece = values[part]
         if piece.size > wide.size:
             wide = np.empty(piece.size, np.float32)
@@ -50,7 +74,6 @@ def encode(values: Array, steps: Array, fmt: QuantFormat) -> Array:
         with np.errstate(over="ignore"):  # beyond FP32 is beyond the last code too
             np.divide(widened(piece, quotients), steps[_within(part, steps.shape)], out=quotients)
         write(quotients, out[part])
-    return out.view(fmt.dtype())
 
 
 def widened(values: Array, out: Array) -> Array:
@@ -92,7 +115,8 @@ class _Floats:
 
     A code's magnitude counts the numbers below it: 2^m (the mantissa's m bits) for each exponent
     above the least, and the mantissa. Adding 2^(exponent + 23 - m) to a magnitude leaves that
-    mantissa, rounded, in the sum's last bits.
+    mantissa, rounded, in the sum's last bits. What is the same for all of a piece is subtracted
+    from the bytes: all that counts of it is its last byte.
     """
 
     def __init__(self, fmt: QuantFormat) -> None:
@@ -101,35 +125,38 @@ class _Floats:
         info = ml_dtypes.finfo(fmt.dtype())  # type: ignore[no-untyped-call]
         self.largest = np.float32(fmt.qmax)
         self.shift = 23 - int(info.nmant)
-        self.least = (127 + int(info.minexp)) << 23
+        self.least = np.float32(2.0 ** int(info.minexp))
+        self.below = np.uint8((int(self.least.view(np.uint32)) >> self.shift) & 0xFF)
         self.sign = fmt.bits - 1
-        self._space: tuple[Array, Array] = (np.empty(0, np.uint32), np.empty(0, np.uint32))
+        self._words: tuple[Array, Array] = (np.empty(0, np.uint32), np.empty(0, np.uint32))
+        self._bytes = np.empty(0, np.uint8)
 
     def __call__(self, quotients: Array, out: Array) -> None:
-        exponents, sums = self._buffers(quotients)
+        exponents, sums, codes = self._buffers(quotients)
         bits = quotients.view(np.uint32)
+        np.clip(quotients, -self.largest, self.largest, out=quotients)
         np.right_shift(bits, 31 - self.sign, out=exponents)
         np.bitwise_and(exponents, 1 << self.sign, out=exponents)
         np.copyto(out, exponents, casting="unsafe")  # the sign
         np.bitwise_and(bits, _MAGNITUDE, out=bits)
-        np.minimum(quotients, self.largest, out=quotients)
         np.bitwise_and(bits, _EXPONENT, out=exponents)
-        np.maximum(exponents, self.least, out=exponents)
+        powers = exponents.view(np.float32)
+        np.clip(powers, self.least, self.largest, out=powers)
         np.add(exponents, self.shift << 23, out=sums)
         np.add(quotients, sums.view(np.float32), out=quotients)
-        np.subtract(bits, sums, out=bits)  # the mantissa
-        np.subtract(exponents, self.least, out=exponents)
+        np.subtract(bits, exponents, out=bits)
         np.right_shift(exponents, self.shift, out=exponents)
         np.add(bits, exponents, out=bits)
-        np.copyto(exponents, out)
-        np.bitwise_or(bits, exponents, out=bits)
-        np.copyto(out, bits, casting="unsafe")
+        np.copyto(codes, bits, casting="unsafe")
+        np.subtract(codes, self.below, out=codes)
+        np.bitwise_or(out, codes, out=out)
 
-    def _buffers(self, like: Array) -> tuple[Array, Array]:
-        if self._space[0].size < like.size:
-            self._space = (np.empty(like.size, np.uint32), np.empty(like.size, np.uint32))
-        first, second = (space[: like.size].reshape(like.shape) for space in self._space)
-        return first, second
+    def _buffers(self, like: Array) -> tuple[Array, Array, Array]:
+        if self._bytes.size < like.size:
+            self._words = (np.empty(like.size, np.uint32), np.empty(like.size, np.uint32))
+            self._bytes = np.empty(like.size, np.uint8)
+        shaped = [space[: like.size].reshape(like.shape) for space in (*self._words, self._bytes)]
+        return shaped[0], shaped[1], shaped[2]
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -13,7 +13,14 @@ from onnx import helper as h
 from onnx.reference import ReferenceEvaluator
 
 Array = NDArray[Any]
-CODES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
+CODES = {
+    "int8": TensorProto.INT8,
+    "fp8": TensorProto.FLOAT8E4M3FN,
+    "int4": TensorProto.INT4,
+    "uint4": TensorProto.UINT4,
+    "nvfp4": TensorProto.FLOAT4E2M1,
+    "mxfp8": TensorProto.FLOAT8E4M3FN,
+}
 
 
 def quantize_linear(x: Array, scale: Array, fmt: str, axis: int = 1) -> Array:
@@ -23,9 +30,10 @@ def quantize_linear(x: Array, scale: Array, fmt: str, axis: int = 1) -> Array:
     return _run(node, {"x": x, "s": np.asarray(scale)}, zero)
 
 
-def dequantize_linear(codes: Array, scale: Array, axis: int = 1) -> Array:
+def dequantize_linear(codes: Array, scale: Array, axis: int = 1, block: int = 0) -> Array:
     """DequantizeLinear without a zero point."""
-    node = h.make_node("DequantizeLinear", ["x", "s"], ["y"], axis=axis)
+    attrs = {"axis": axis, **({"block_size": block} if block else {})}
+    node = h.make_node("DequantizeLinear", ["x", "s"], ["y"], **attrs)
     return _run(node, {"x": codes, "s": np.asarray(scale)})
 
 
@@ -41,5 +49,5 @@ def evaluate(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> list[Array]:
 def _run(node: onnx.NodeProto, feeds: Mapping[str, Array], *constants: onnx.TensorProto) -> Array:
     untyped = [onnx.ValueInfoProto(name=name) for name in (*feeds, *node.output)]
     graph = h.make_graph([node], "g", untyped[:-1], untyped[-1:], list(constants))
-    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 21)])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 23)])
     return evaluate(model, feeds)[0]

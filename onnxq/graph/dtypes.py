@@ -99,8 +99,21 @@ def to_bytes(values: Array, onnx_type: int) -> memoryview:
     """The raw data of an array; types that share bytes are packed."""
     if is_packed(onnx_type):
         typed = np.ascontiguousarray(values).astype(numpy_dtype(onnx_type), copy=False)
+        if _PACKED_BITS[onnx_type] == 4:
+            return memoryview(_nibbles(typed.reshape(-1).view(np.uint8)).data)
         return memoryview(onnx.numpy_helper.from_array(typed).raw_data)
     return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def _nibbles(codes: Array) -> Array:
+    """Two codes a byte, the first in the lower half; the last has one alone if they are odd."""
+    if codes.size % 2:
+        codes = np.append(codes, np.uint8(0))
+    pairs = codes.view("<u2")
+    packed = np.right_shift(pairs, 4)
+    np.bitwise_and(packed, 0xF0, out=packed)
+    np.bitwise_or(packed, np.bitwise_and(pairs, 0x0F), out=packed)
+    return np.asarray(packed.astype(np.uint8))
 
 
 def from_bytes(raw: Array, onnx_type: int, shape: Sequence[int]) -> Array:
