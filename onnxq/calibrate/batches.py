@@ -64,7 +64,10 @@ class BatchArrays:
             return _Cut(0, 0)
         first, total = spec.shape[0], stream.shape[0]
         if not total:
-            raise OnnxqError(f"{stream.where} holds no sample: its shape is {stream.shape}")
+            raise OnnxqError(
+                f"{stream.where} holds no sample: its shape is {stream.shape}",
+                "save at least one along the first dimension",
+            )
         if not isinstance(first, int):
             return _Cut(self.batch, total)
         if batch is not None and batch != first:

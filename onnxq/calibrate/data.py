@@ -70,7 +70,13 @@ class Samples:
         self._length = 0
         self.peaks: dict[str, float] = {}
         self.digest, self.count = "", 0
-        self._read_once(progress)
+        try:
+            self._read_once(progress)
+        except MemoryError:
+            raise OnnxqError(
+                f"{self.label(self._length)} of {self.description} does not fit into memory",
+                "give smaller samples, or lower --batch",
+            ) from None
 
     def __len__(self) -> int:
         """Steps, not samples: how many feeds a reading gives."""
@@ -124,7 +130,7 @@ class Samples:
         digest, kept, size = DataDigest(self.inputs), [], 0
         for step, raw in enumerate(self._source):
             feed = self._fit(raw, step)
-            self._measure(feed, step)
+            self._measure(feed, raw, step)
             digest.add(feed)
             for name, array in feed.items():
                 self._shapes[name].append(array.shape)
@@ -161,19 +167,23 @@ class Samples:
                 f"{spec.name!r} in {where} is {array.dtype}, but the input {spec} is not",
                 f"save it as {spec.dtype.name}",
             )
-        note = f"{spec.name}: {array.dtype.name} converted to {spec.dtype.name}"
+        swapped = "" if array.dtype.isnative else " of the other byte order"
+        note = f"{spec.name}: {array.dtype.name}{swapped} converted to {spec.dtype.name}"
         if note not in self.notes:
             self.notes.append(note)
         return converted
 
-    def _measure(self, feed: Feed, step: int) -> None:
+    def _measure(self, feed: Feed, raw: Mapping[str, Array], step: int) -> None:
         """Keep what floats reach; refuse those that are not finite."""
         for name, array in feed.items():
             if not _is_float(array.dtype) or not array.size:
                 continue
-            bad = ~np.isfinite(array)
-            if bad.any():
-                what = "NaN" if np.isnan(array[bad][0]) else "infinity"
+            finite = np.isfinite(array)
+            if not finite.all():
+                first = raw[name][~finite][0]
+                what = "NaN" if np.isnan(first) else "infinity"
+                if np.isfinite(first):
+                    what = f"{first:.3g}, too large for {array.dtype.name},"
                 raise OnnxqError(
                     f"{name!r} holds {what} in {self.label(step)} of {self.description}",
                     "take that sample out or repair it",
@@ -198,7 +208,9 @@ class DataDigest:
             whole = name not in self._batched or array.shape[0] != rows
             for row in [array] * rows if whole else array:
                 self._hashes[name].update(str(row.shape).encode())
-                self._hashes[name].update(np.ascontiguousarray(row).tobytes())
+                # Its bytes, not a copy of them: a sample may be large.
+                plain = np.ascontiguousarray(row).reshape(-1).view(np.uint8)
+                self._hashes[name].update(plain.data)
 
     def hexdigest(self) -> str:
         total = hashlib.sha256()
@@ -243,16 +255,21 @@ def _source(source: str, inputs: Sequence[InputSpec], batch: int | None) -> Sour
     script, _, function = source.rpartition(":")
     if script.endswith(".py"):
         return LoaderScript(Path(script), function)
-    if not path.exists():
-        raise OnnxqError(f"{path} does not exist", "give the calibration data's path")
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OnnxqError(
+            f"cannot read the data {path}: {reason}", "give the calibration data's path"
+        ) from None
+    if path.is_dir():
+        return _folder(path, inputs, batch)
     if path.suffix == ".py":
         return LoaderScript(path)
     if path.suffix == ".json":
         return polygraphy_json(path)
     if path.suffix == ".npz":
         return BatchArrays(ArrayFiles(path), inputs, batch)
-    if path.is_dir():
-        return _folder(path, inputs, batch)
     raise OnnxqError(
         f"{path} is no calibration data that onnxq reads",
         "give .npz, a folder of .npy or .npz, Polygraphy's .json, or a .py with load_data()",

@@ -11,29 +11,28 @@ import importlib.util
 import math
 import sys
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.calibrate.session import one_line
 from onnxq.errors import OnnxqError
+from onnxq.files import refuse_unreadable
 
 Array = NDArray[Any]
 
-# What numpy, zipfile and zlib raise on damaged files; MemoryError: a header that claims terabytes.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    MemoryError,
-    OverflowError,
-)
+LARGEST_STEP = 1 << 30
+"""Bytes of one array that are read at a time: a few compressed ones could claim terabytes."""
+
+MOST_EMPTY = 1_000_000
+"""Samples without a byte each, such as an empty past: a header of 80 bytes could claim any number.
+"""
+
+_MOST_ARRAYS = 10_000
 
 
 class Source(Protocol):
@@ -50,24 +49,16 @@ class ArrayStream:
     """One .npy stream: its header at once, its rows as they are asked for."""
 
     def __init__(self, stream: IO[bytes], name: str, where: str) -> None:
-        self.stream, self.where = stream, where
-        try:
-            version = np.lib.format.read_magic(stream)
-            if version == (1, 0):
-                header = np.lib.format.read_array_header_1_0(stream)
-            else:
-                header = np.lib.format.read_array_header_2_0(stream)
-        except _UNREADABLE as error:
-            raise OnnxqError(
-                f"{where} is no readable numpy array: {error}", "save it again with numpy.savez"
-            ) from error
-        self.name, (self.shape, self.by_column, self.dtype) = name, header
+        self.stream, self.name, self.where = stream, name, where
+        self.shape, self.by_column, self.dtype = _header(stream, where)
         if self.dtype.kind not in "biuf":
+            what = "Python objects" if self.dtype.hasobject else str(self.dtype)
             raise OnnxqError(
-                f"{where} holds {'Python objects' if self.dtype.hasobject else self.dtype}, "
-                "not numbers",
-                "save plain arrays of numbers; pickled objects are never loaded",
+                f"{where} holds {what}, not real numbers",
+                "save plain arrays of real numbers; pickled objects are never loaded",
             )
+        if self.shape[:1] > (MOST_EMPTY,) and not math.prod(self.shape[1:]):
+            raise OnnxqError(f"{where} claims {self.shape[0]} samples of nothing", "save it again")
 
     def rows(self, count: int) -> Array:
         """The next `count` entries of the first dimension."""
@@ -81,15 +72,46 @@ class ArrayStream:
 
     def _read(self, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape) * self.dtype.itemsize
-        try:
-            content = self.stream.read(size)
-        except _UNREADABLE as error:
-            raise OnnxqError(f"{self.where} cannot be read: {error}", "save it again") from error
-        if len(content) < size:
+        if size > LARGEST_STEP:
             raise OnnxqError(
-                f"{self.where} ends {size - len(content)} bytes too early", "save it again"
+                f"{self.where} takes {size / 1e9:.1f} GB at a time, more than onnxq reads: "
+                f"{LARGEST_STEP / 1e9:.1f} GB",
+                "save smaller samples, row by row (numpy.ascontiguousarray), or lower --batch",
             )
-        return np.frombuffer(content, self.dtype).reshape(shape)
+        with _saying(f"{self.where} cannot be read", "save it again"):
+            content = self.stream.read(size)
+            if len(content) == size:
+                return np.frombuffer(content, self.dtype).reshape(shape)
+        raise OnnxqError(
+            f"{self.where} ends {size - len(content)} bytes too early", "save it again"
+        )
+
+
+def _header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it lies column by column, and type of the array in a .npy stream."""
+    with _saying(f"{where} is no readable numpy array", "save it again with numpy.savez"):
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, by_column, dtype = np.lib.format.read_array_header_2_0(stream)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"its shape is {shape}")
+        return shape, by_column, dtype
+
+
+@contextmanager
+def _saying(what: str, hint: str) -> Iterator[None]:
+    """Turn whatever numpy, zipfile and the decompressors raise on damaged files into one line.
+
+    Their parsers were written for good files: the kinds of exceptions have no end.
+    """
+    try:
+        yield
+    except OnnxqError:
+        raise
+    except Exception as error:
+        raise OnnxqError(f"{what}: {one_line(error)}", hint) from error
 
 
 class ArrayFiles:
@@ -101,17 +123,26 @@ class ArrayFiles:
     def open(self, stack: ExitStack) -> dict[str, ArrayStream]:
         """A stream for each array, by name; `stack` closes them."""
         if self.path.is_dir():
-            return {
-                file.stem: ArrayStream(stack.enter_context(file.open("rb")), file.stem, str(file))
-                for file in sorted(self.path.glob("*.npy"))
-            }
+            return {file.stem: _open_npy(file, stack) for file in sorted(self.path.glob("*.npy"))}
         archive = stack.enter_context(open_npz(self.path))
+        if len(archive.namelist()) > _MOST_ARRAYS:
+            raise OnnxqError(f"{self.path} holds more than {_MOST_ARRAYS} arrays", "one per input")
         streams = {}
         for member in archive.namelist():
             name = member.removesuffix(".npy")
-            stream = stack.enter_context(archive.open(member))
-            streams[name] = ArrayStream(stream, name, f"array {name!r} in {self.path}")
+            where = f"array {name!r} in {self.path}"
+            with _saying(f"{where} cannot be read", "save it again with numpy.savez"):
+                stream = stack.enter_context(archive.open(member))
+            streams[name] = ArrayStream(stream, name, where)
         return streams
+
+
+def _open_npy(file: Path, stack: ExitStack) -> ArrayStream:
+    hint = "keep only the data's .npy files in the folder"
+    refuse_unreadable(file, "the data", hint)
+    with _saying(f"{file} cannot be read", hint):
+        stream = stack.enter_context(file.open("rb"))
+    return ArrayStream(stream, file.stem, str(file))
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
@@ -120,13 +151,10 @@ def open_npz(path: Path) -> zipfile.ZipFile:
     Raises:
         OnnxqError: missing, unreadable, or no archive.
     """
-    try:
+    hint = "give an archive made by numpy.savez, one array per model input"
+    refuse_unreadable(path, "the data", hint)
+    with _saying(f"{path} cannot be read as .npz", hint):
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise OnnxqError(
-            f"{path} cannot be read as .npz: {getattr(error, 'strerror', None) or error}",
-            "give an archive made by numpy.savez, one array per model input",
-        ) from error
 
 
 class SampleFiles:
@@ -167,6 +195,7 @@ def polygraphy_json(path: Path) -> Feeds:
     from polygraphy.json import load_json
     from polygraphy.logger import G_LOGGER
 
+    refuse_unreadable(path, "the data", "give the file that --save-inputs wrote")
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             content = load_json(str(path))
@@ -244,7 +273,8 @@ def _as_arrays(feed: Mapping[str, Any], where: str) -> dict[str, Array]:
     """Values as numpy arrays; tensors that numpy understands (torch's on the CPU) are taken too."""
     arrays = {}
     for name, value in feed.items():
-        array = np.asarray(value)
+        with _saying(f"{where} gives {name!r} as no array", "give numpy arrays"):
+            array = np.asarray(value)
         if array.dtype.kind not in "biufV":
             raise OnnxqError(
                 f"{where} gives {name!r} as {array.dtype}, not as numbers", "give numpy arrays"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.session import InputSpec, one_line
 from onnxq.errors import OnnxqError, missing_package
+from onnxq.files import refuse_unreadable
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]
@@ -27,6 +28,7 @@ _PAST = ("past_key_values", "past_key", "past_value", "past.")
 # Characters tokenized for each token wanted, at first: more than any script's text needs, and a
 # text of gigabytes is not tokenized for 64 windows.
 _CHARACTERS_PER_TOKEN = 16
+_INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 def text_samples(
@@ -65,7 +67,7 @@ def text_samples(
         raise OnnxqError(
             f"{samples} samples of {length} tokens are no data", "give 1 or more, of 2 or more"
         )
-    windows = _windows(_text(text), _tokenizer(tokenizer), length, samples)
+    windows = _windows(text, _tokenizer(tokenizer), length, samples)
     if len(windows) < max(1, fixed_batch or 1):
         raise OnnxqError(
             f"{text} is too short: {len(windows)} windows of {length} tokens",
@@ -129,7 +131,7 @@ def _empty_past(spec: InputSpec, batch: int) -> tuple[int, ...]:
     return tuple(dim for dim in shape if isinstance(dim, int))
 
 
-def _windows(text: str, tokenizer: Any, length: int, samples: int) -> Ids:
+def _windows(path: Path, tokenizer: Any, length: int, samples: int) -> Ids:
     """Ids [windows, length]: the first `samples`, fewer when the text ends before."""
     before, after = _template(tokenizer)
     inner = length - len(before) - len(after)
@@ -141,9 +143,10 @@ def _windows(text: str, tokenizer: Any, length: int, samples: int) -> Ids:
     wanted = inner * samples
     size = wanted * _CHARACTERS_PER_TOKEN
     while True:
-        ids = tokenizer.encode(text[:size], add_special_tokens=False).ids
+        text = _beginning(path, size)
+        ids = _encoded(tokenizer, text).ids
         # A cut text's last word may be tokenized otherwise than in the whole: keep away from it.
-        if len(ids) > wanted + inner or size >= len(text):
+        if len(ids) > wanted + inner or len(text) < size:
             break
         size *= 2
     count = min(len(ids) // inner, samples)
@@ -154,7 +157,7 @@ def _windows(text: str, tokenizer: Any, length: int, samples: int) -> Ids:
 
 def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
-    encoding = tokenizer.encode("a", add_special_tokens=True)
+    encoding = _encoded(tokenizer, "a", special=True)
     special = list(encoding.special_tokens_mask)
     if 0 not in special:
         return [], []
@@ -167,12 +170,26 @@ def _fixed(spec: InputSpec, axis: int) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _text(path: Path) -> str:
+def _beginning(path: Path, size: int) -> str:
+    """The first `size` characters, or all there are."""
+    hint = "give a UTF-8 text file"
+    refuse_unreadable(path, "the text", hint)
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as stream:
+            return stream.read(size)
     except (OSError, UnicodeDecodeError) as error:
+        raise OnnxqError(f"{path} cannot be read as text: {one_line(error)}", hint) from error
+
+
+def _encoded(tokenizer: Any, text: str, special: bool = False) -> Any:
+    try:
+        return tokenizer.encode(text, add_special_tokens=special)
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception; its panics are none
         raise OnnxqError(
-            f"{path} cannot be read as text: {one_line(error)}", "give a UTF-8 text file"
+            f"the tokenizer fails on the text: {one_line(error)}",
+            "give the tokenizer.json that belongs to the model",
         ) from error
 
 
@@ -182,12 +199,15 @@ def _tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise missing_package("tokenizers", "calibrating with text") from error
+    hint = "give the tokenizer.json that belongs to the model"
+    refuse_unreadable(path, "the tokenizer", hint)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception; its panics are none
         raise OnnxqError(
-            f"{path} cannot be read as a tokenizer: {one_line(error)}",
-            "give the tokenizer.json that belongs to the model",
+            f"{path} cannot be read as a tokenizer: {one_line(error)}", hint
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -142,6 +142,7 @@ def parse_targets(text: str, backend: Backend) -> tuple[Target, ...]:
 
 
 def _write(plan: Any, engine: Path | None) -> None:
+    # The file is there, empty. If the caller was killed, its next run has removed it: no new one.
     if engine is not None:
-        with engine.open("wb") as stream:
+        with engine.open("r+b") as stream:
             stream.write(plan)

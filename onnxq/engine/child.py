@@ -8,7 +8,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import onnxq
+from onnxq import files
 from onnxq.engine.backends import Backend
 from onnxq.engine.protocol import Answer, Request, answer_from_json, request_to_json
 from onnxq.errors import OnnxqError
@@ -40,9 +40,9 @@ def compile_all(
     Raises:
         OnnxqError: the child ended before it had answered them all.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxq-build-") as folder:
-        questions, results = Path(folder, "requests.json"), Path(folder, "results.jsonl")
-        errors = Path(folder, "stderr.txt")
+    with files.scratch() as folder:
+        questions, results = folder / "requests.json", folder / "results.jsonl"
+        errors = folder / "stderr.txt"
         content = {
             "backend": backend.name,
             "memory_limit": memory_limit,
@@ -132,5 +132,6 @@ def _death(code: int, errors: str, pending: Request, memory_limit: int | None) -
             "free memory, use smaller maximum shapes, or compile on a larger machine",
         )
     if code < 0:
-        return OnnxqError(f"the compiler crashed on {pending.model} ({name})", last)
+        cure = "it may be too deep for the compiler, or damaged: try a part of it"
+        return OnnxqError(f"the compiler crashed on {pending.model} ({name})", last or cure)
     return OnnxqError(f"compiling {pending.model} ended without an answer ({name})", last)

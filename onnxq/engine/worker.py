@@ -24,6 +24,7 @@ from onnxq.errors import OnnxqError
 def main(requests_path: str, results_path: str) -> None:
     """Compile every request in turn; an error of one does not stop the next."""
     _die_with_the_caller()
+    _deepen_stack()
     content = json.loads(Path(requests_path).read_text())
     _limit_memory(content["memory_limit"])
     stages = _take_standard_output()
@@ -63,6 +64,14 @@ def _die_with_the_caller() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _deepen_stack() -> None:
+    """The compiler recurses along the graph: a chain of 10,000 nodes overflows the usual 8 MiB."""
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
 
 
 def _limit_memory(limit: int | None) -> None:

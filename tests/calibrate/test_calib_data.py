@@ -248,8 +248,8 @@ BAD = {
     "unknown name": ({"x": numbers(2), "z": numbers(2)}, "'z', which is no input.*x\\[batch,3\\]"),
     "wrong rank": ({"x": np.ones((2, 3, 1), np.float32)}, "3 dimensions, but the input x"),
     "wrong fixed dim": ({"x": np.ones((2, 4), np.float32)}, "fixes dimension 1 at 3"),
-    "strings": ({"x": np.array([["a", "b", "c"]])}, "not numbers"),
-    "complex": ({"x": np.ones((1, 3), np.complex64)}, "complex64, not numbers"),
+    "strings": ({"x": np.array([["a", "b", "c"]])}, "not real numbers"),
+    "complex": ({"x": np.ones((1, 3), np.complex64)}, "complex64, not real numbers"),
     "objects": ({"x": np.array([[1, 2, None]], object)}, "Python objects.*never loaded"),
     "whole numbers": ({"x": np.ones((1, 3), np.int64)}, "is int64, but the input x"),
     "no samples": ({"x": np.ones((0, 3), np.float32)}, "no sample"),
@@ -296,7 +296,7 @@ def test_close_types_are_converted_and_said(
 
 def test_conversions_that_lose_values_are_refused(tmp_path: Path) -> None:
     big = np.full((1, 3), 1e30)
-    with pytest.raises(OnnxqError, match="infinity"):
+    with pytest.raises(OnnxqError, match=r"1e\+30, too large for float16,"):
         open_samples(npz(tmp_path, x=big), [InputSpec("x", F16, ("b", 3))])
     with pytest.raises(OnnxqError, match="int64, but the input"):
         open_samples(
@@ -349,5 +349,5 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
         header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 45, 3)}
     )
     (tmp_path / "x.npy").write_bytes(header.getvalue() + b"\0" * 64)
-    with pytest.raises(OnnxqError, match=r"too early|cannot be read"):
+    with pytest.raises(OnnxqError, match=r"422212.5 GB at a time"):
         open_samples(tmp_path, [X], batch=1 << 45)

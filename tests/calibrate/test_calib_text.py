@@ -118,9 +118,10 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
     bad.write_bytes(b"\xff\xfe\x00")
     pixels = InputSpec("pixel_values", np.dtype(np.float32), ("batch", 3, 8, 8))
     cases = [
-        ((tmp_path / "none.txt", good, [IDS]), "cannot be read as text"),
+        ((tmp_path / "none.txt", good, [IDS]), "cannot read the text .*none.txt: No such file"),
         ((bad, good, [IDS]), "cannot be read as text"),
-        ((good_text, tmp_path / "none.json", [IDS]), "cannot be read as a tokenizer"),
+        ((good_text, tmp_path / "none.json", [IDS]), "cannot read the tokenizer .*: No such file"),
+        ((tmp_path, good, [IDS]), "cannot read the text .*: it is not a file"),
         ((good_text, bad, [IDS]), "cannot be read as a tokenizer"),
         ((good_text, good, [pixels]), "no input 'input_ids'"),
         ((good_text, good, [IDS, pixels]), "text does not say what the input pixel_values"),

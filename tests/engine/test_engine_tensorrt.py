@@ -131,6 +131,7 @@ def compile_with(trt: StandIn, engine: Path | None = None, **more: Any) -> Any:
 
 def test_it_builds_strongly_typed_and_detailed_and_reads_the_inspector(tmp_path: Path) -> None:
     trt = StandIn()
+    (tmp_path / "m.plan").touch()
     outcome = compile_with(trt, tmp_path / "m.plan", workspace=1 << 30)
     assert trt.asked["flags"] == 1 << 1
     assert trt.asked["config"].profiling_verbosity == "detailed"
