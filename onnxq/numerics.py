@@ -94,9 +94,9 @@ def scales_for(peak: FloatArray, scheme: QuantScheme) -> FloatArray:
 
     The result is rounded to the type it is stored in: codes are computed with that. Powers of two
     (E8M0) are rounded up, so that nothing saturates. A zero peak (an all-zero channel) gets the
-    largest scale of the others, or 1: its codes are zero whatever the scale. No scale of a 16- or
-    32-bit type is below its least normal number: its reciprocal, by which a compiler multiplies,
-    must be finite too.
+    largest scale of the others, or 1: its codes are zero whatever the scale. No scale but that of
+    a block is below the least normal number of a 16- or 32-bit type: its reciprocal, by which a
+    compiler multiplies, must be finite too.
 
     Raises:
         NotFiniteError: a peak is NaN or infinite.
@@ -115,7 +115,9 @@ def scales_for(peak: FloatArray, scheme: QuantScheme) -> FloatArray:
     if dtype.name == "float8_e8m0fnu":
         mantissa, exponent = np.frexp(wanted)
         wanted = np.ldexp(1.0, exponent - (mantissa == 0.5))
-    return np.asarray(np.clip(wanted, _least_scale(dtype), _largest(dtype)).astype(dtype))
+    return np.asarray(
+        np.clip(wanted, _least_scale(dtype, scheme.granularity), _largest(dtype)).astype(dtype)
+    )
 
 
 def scales_and_zeros(
@@ -286,10 +288,10 @@ def smallest_normal(dtype: npt.DTypeLike) -> float:
     return float(_finfo(dtype).smallest_normal)
 
 
-def _least_scale(dtype: Any) -> float:
-    """Scales of 8 bits are factors of a weight that no compiler divides by."""
-    narrow = np.dtype(dtype).itemsize == 1
-    return float(_finfo(dtype).smallest_subnormal) if narrow else smallest_normal(dtype)
+def _least_scale(dtype: Any, granularity: Granularity) -> float:
+    """Those of blocks, and those of 8 bits, are factors of a weight: no one divides by them."""
+    factor = isinstance(granularity, PerBlock) or np.dtype(dtype).itemsize == 1
+    return float(_finfo(dtype).smallest_subnormal) if factor else smallest_normal(dtype)
 
 
 def _largest(dtype: npt.DTypeLike) -> float:
