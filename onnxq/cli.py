@@ -31,15 +31,18 @@ class _Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except OnnxqError as error:
-            click.echo(f"onnxq: error: {error}", err=True)
+            _say(f"onnxq: error: {error}", err=True)
             ctx.exit(2)
         except OSError as error:  # a path that cannot even be looked at
             if error.errno == errno.EPIPE:
                 raise  # whoever read the output has enough: click ends quietly
-            click.echo(f"onnxq: error: {error.strerror or error}: {error.filename}", err=True)
+            _say(f"onnxq: error: {error.strerror or error}: {error.filename}", err=True)
+            ctx.exit(2)
+        except MemoryError:
+            _say("onnxq: error: out of memory; free some, or give smaller samples", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("onnxq: interrupted; no file was changed", err=True)
+            _say("onnxq: interrupted; every file is the old one or the new one, whole", err=True)
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -179,7 +182,7 @@ def quantize(
         model,
         calib=data if data.given else None,
         memory=parse_size(memory),
-        announce=click.echo,
+        announce=_say,
         progress=progress,
         **options,
     )
@@ -287,7 +290,7 @@ def perplexity(
     found = measure(model, text, tokenizer, progress=progress, **options)
     progress.close()
     for line in found.lines():
-        click.echo(line)
+        _say(line)
     if report is not None:
         write_json(report, found.as_dict())
 
@@ -322,16 +325,23 @@ def choice(
     found = measure(model, tasks, tokenizer, progress=progress, **options)
     progress.close()
     for line in found.lines():
-        click.echo(line)
+        _say(line)
     if report is not None:
         write_json(report, found.as_dict())
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Print a line; what a name in the model holds must not move the terminal's cursor."""
+    from onnxq.terminal import printable
+
+    click.echo(printable(line), err=err)
 
 
 def _finish(progress: Any, result: Result, lines: list[str], report: Path | None) -> None:
     """Print, save the report, and exit with 1 if a check failed."""
     progress.close()
     for line in lines:
-        click.echo(line)
+        _say(line)
     if report is not None:
         result.save(report)
     if not result.passed:

@@ -78,6 +78,13 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
+def printable(line: str) -> str:
+    """The line with control characters, and what the output cannot encode, as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def megabytes(size: float) -> str:
     """`164 MB`, or `5.13 GB`."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
@@ -104,6 +111,7 @@ def inspected_lines(result: Inspected) -> list[str]:
         result.report.title,
         *result.placement.lines(),
         *_site_lines(facts["sites"]),
+        *_notes(result.report.notes),
     ]
 
 

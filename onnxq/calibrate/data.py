@@ -257,6 +257,8 @@ def _source(source: str, inputs: Sequence[InputSpec], batch: int | None) -> Sour
         return LoaderScript(Path(script), function)
     try:
         path.stat()
+    except FileNotFoundError:
+        raise OnnxqError(f"{path} does not exist", "give the calibration data's path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise OnnxqError(

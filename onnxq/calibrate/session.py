@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.errors import OnnxqError, missing_package
+from onnxq.files import refuse_unreadable
 
 Device = Literal["auto", "cpu", "cuda"]
 Array = NDArray[Any]
@@ -137,6 +138,8 @@ def open_session(
     ort = _onnxruntime()
     providers, notes = _providers(ort, device)
     options = _options(ort, folder, threads)
+    if isinstance(model, Path):
+        refuse_unreadable(model, "the model", "name the .onnx file itself")
     try:
         session = _load(ort, model, options, providers)
     except Exception as error:

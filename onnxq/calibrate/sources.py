@@ -53,9 +53,10 @@ class ArrayStream:
         self.shape, self.by_column, self.dtype = _header(stream, where)
         if self.dtype.kind not in "biuf":
             what = "Python objects" if self.dtype.hasobject else str(self.dtype)
+            wanted = "real numbers" if self.dtype.kind == "c" else "numbers"
             raise OnnxqError(
-                f"{where} holds {what}, not real numbers",
-                "save plain arrays of real numbers; pickled objects are never loaded",
+                f"{where} holds {what}, not {wanted}",
+                f"save plain arrays of {wanted}; pickled objects are never loaded",
             )
         if self.shape[:1] > (MOST_EMPTY,) and not math.prod(self.shape[1:]):
             raise OnnxqError(f"{where} claims {self.shape[0]} samples of nothing", "save it again")

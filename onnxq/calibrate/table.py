@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +14,10 @@ from numpy.typing import NDArray
 
 from onnxq import __version__
 from onnxq.calibrate.ranges import choose
+from onnxq.calibrate.session import one_line
 from onnxq.calibrate.statistics import Amax, ChannelAmax, Gram, Histogram, Statistic, make
 from onnxq.errors import OnnxqError
-from onnxq.files import replacing
+from onnxq.files import refuse_unreadable, replacing
 
 _FORMAT = 1  # of the file
 
@@ -251,6 +250,7 @@ def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
     Raises:
         OnnxqError: missing, damaged, no table, of a newer onnxq, or of another model.
     """
+    refuse_unreadable(path, "the calibration table", "give a file that --save-calib wrote")
     try:
         with np.load(path, allow_pickle=False) as archive:
             head = json.loads(archive["table"].tobytes())
@@ -274,18 +274,11 @@ def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
                 version=str(head["version"]),
                 notes=tuple(head["notes"]),
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except OnnxqError:
+        raise
+    except Exception as error:  # numpy's, zipfile's and json's for damaged files, of any kind
         raise OnnxqError(
-            f"{path} cannot be read as a calibration table: {error}",
+            f"{path} cannot be read as a calibration table: {one_line(error)}",
             "give a file that --save-calib wrote",
         ) from error
     if fingerprint is not None:

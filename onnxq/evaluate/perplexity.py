@@ -23,6 +23,7 @@ from onnxq.evaluate.language import LanguageModel, language_model, open_tokenize
 from onnxq.evaluate.likelihood import WindowScores, score
 from onnxq.evaluate.metrics import jsonable
 from onnxq.evaluate.runners import Device
+from onnxq.files import refuse_unreadable
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]
@@ -129,6 +130,7 @@ def text_windows(text: Path, tokenizer: Path, window: int) -> NDArray[np.int64]:
     Raises:
         OnnxqError: a file cannot be read, or the text is shorter than one window.
     """
+    refuse_unreadable(text, "the text", "a UTF-8 file")
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

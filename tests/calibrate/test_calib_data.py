@@ -248,7 +248,7 @@ BAD = {
     "unknown name": ({"x": numbers(2), "z": numbers(2)}, "'z', which is no input.*x\\[batch,3\\]"),
     "wrong rank": ({"x": np.ones((2, 3, 1), np.float32)}, "3 dimensions, but the input x"),
     "wrong fixed dim": ({"x": np.ones((2, 4), np.float32)}, "fixes dimension 1 at 3"),
-    "strings": ({"x": np.array([["a", "b", "c"]])}, "not real numbers"),
+    "strings": ({"x": np.array([["a", "b", "c"]])}, "U1, not numbers"),
     "complex": ({"x": np.ones((1, 3), np.complex64)}, "complex64, not real numbers"),
     "objects": ({"x": np.array([[1, 2, None]], object)}, "Python objects.*never loaded"),
     "whole numbers": ({"x": np.ones((1, 3), np.int64)}, "is int64, but the input x"),

@@ -115,8 +115,8 @@ def test_what_cannot_be_loaded_is_one_line(
         {"x": (TensorProto.FLOAT, ["n"])},
         {"y": TensorProto.FLOAT},
     )
-    for source in (b"", b"junk" * 10, bad.SerializeToString(), tmp_path / "none.onnx"):
-        with pytest.raises(OnnxqError, match="cannot load") as error:
+    for source in (b"", b"junk" * 10, bad.SerializeToString(), tmp_path / "none.onnx", tmp_path):
+        with pytest.raises(OnnxqError, match=r"cannot load|cannot read the model") as error:
             open_session(source)
         assert "\n" not in str(error.value)
     words = model(
