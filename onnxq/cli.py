@@ -158,7 +158,7 @@ _RULES = click.option(
     show_default=True,
     help="Types of the model's inputs and outputs.",
 )
-@click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy or mse.")
+@click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse or mse:2.")
 @_RULES
 @click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
 @click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")

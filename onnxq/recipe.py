@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -57,7 +58,7 @@ class Recipe:
             length it does not divide gets a smaller one. 0: the format says.
         activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
-        calibrator: `max`, `percentile:99.99`, `entropy` or `mse`.
+        calibrator: `max`, `percentile:99.99`, `entropy`, `mse` or `mse:2` (see `calibrate.ranges`).
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
             weight becomes the largest code, and all are rounded to nearest.
         attention: quantize the two products and the probabilities of each attention.
@@ -230,23 +231,26 @@ def _check_formats(recipe: Recipe, where: str) -> None:
         )
 
 
-def check_calibrator(text: str) -> tuple[str, float | None]:
-    """Split `percentile:99.99` into its name and number; the others have none.
+def check_calibrator(text: str) -> None:
+    """Refuse what `calibrate.ranges` would not take, before anything is loaded.
 
     Raises:
         OnnxqError: no such calibrator, or a number it does not take.
     """
     name, colon, number = text.partition(":")
-    if name == "percentile":
+    known = name in _CALIBRATORS
+    if colon:
         try:
-            value = float(number) if colon else 99.99
+            value = float(number)
         except ValueError:
-            value = 0.0
-        if 0 < value <= 100:
-            return name, value
-    elif name in _CALIBRATORS and not colon:
-        return name, None
-    raise OnnxqError(f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy or mse")
+            value = math.nan
+        known = (name == "percentile" and 0 < value <= 100) or (
+            name == "mse" and 1 <= value < math.inf
+        )
+    if not known:
+        raise OnnxqError(
+            f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy, mse or mse:2"
+        )
 
 
 def _shallow(recipe: Recipe) -> dict[str, Any]:

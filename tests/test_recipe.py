@@ -40,7 +40,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         mode=mode,
         weight_granularity=draw(st.sampled_from(["channel", "tensor"])),
         calibrator=draw(
-            st.sampled_from(["max", "percentile:99.9", "percentile", "entropy", "mse"])
+            st.sampled_from(["max", "percentile:99.9", "percentile", "entropy", "mse", "mse:2"])
         ),
         attention=fmt == "fp8" and mode == "static" and draw(st.booleans()),
         lm_head=draw(st.sampled_from(["leave", "quantize"])),
@@ -141,6 +141,10 @@ BAD: list[tuple[Any, str]] = [
     ({"calibrator": "percentile:101"}, "unknown calibrator"),
     ({"calibrator": "percentile:nan"}, "unknown calibrator"),
     ({"calibrator": "percentile:"}, "unknown calibrator"),
+    ({"calibrator": "mse:0.5"}, "unknown calibrator"),
+    ({"calibrator": "mse:inf"}, "unknown calibrator"),
+    ({"calibrator": "mse:x"}, "unknown calibrator"),
+    ({"calibrator": "entropy:2"}, "unknown calibrator"),
     ({"calibrator": "max:5"}, "unknown calibrator"),
     ({"attention": "yes"}, "attention takes true or false"),
     ({"attention": True, "mode": "dynamic"}, "static fp8 only"),

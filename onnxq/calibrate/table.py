@@ -52,7 +52,7 @@ class CalibrationTable:
         """The magnitude that the largest code of `tensor` shall stand for; 0.0: it is all zeros.
 
         Args:
-            method: max, percentile, percentile:99.9, entropy or mse.
+            method: max, percentile, percentile:99.9, entropy, mse or mse:2.
             format_name: int8 or fp8: whose codes entropy and mse choose for.
 
         Raises:
