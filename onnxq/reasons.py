@@ -65,9 +65,12 @@ def _unfit(site: Site, context: Context) -> str:
         return f"{recipe.weights} weights of a convolution would be expanded at every call"
     length = site.operand.shape[summed_axis(site)]
     if granularity(site, recipe) is None:
-        least = recipe.weight_format.block or LEAST_BLOCK
-        blocks = f"{recipe.block}" if least == recipe.block else f"{least} to {recipe.block}"
-        return f"its length {length} is no multiple of a block of {blocks}"
+        if recipe.weight_format.block:
+            return f"its length {length} is no multiple of the block of {recipe.block}"
+        sizes = (
+            f"{LEAST_BLOCK} to {recipe.block}" if recipe.block > LEAST_BLOCK else f"{LEAST_BLOCK}"
+        )
+        return f"its length {length} is not made of two or more equal blocks of {sizes}"
     if length % 2 or site.operand.shape[output_axis(site)] % 2:
         return "an odd number of channels: its weight would be padded at every call"
     return ""

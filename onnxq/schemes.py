@@ -33,13 +33,15 @@ def granularity(site: Site, recipe: Recipe) -> Granularity | None:
 
 
 def block_for(length: int, recipe: Recipe) -> int:
-    """The recipe's block, or the largest half, quarter, ... of it that divides `length`; else 0.
+    """The recipe's block, or the largest half, quarter, ... of it that fits `length`; else 0.
 
     A last block that is shorter is ONNX, but no TensorRT: it refuses the file, or, where the number
-    of blocks happens to divide the length, silently takes blocks of another size.
+    of blocks happens to divide the length, silently takes blocks of another size. And INT4 in one
+    block is a scale a channel to it, for which it has no kernel.
     """
-    least = recipe.weight_format.block or LEAST_BLOCK
+    fixed = recipe.weight_format.block
+    least, blocks = (fixed, 1) if fixed else (LEAST_BLOCK, 2)
     size = recipe.block
-    while size >= least and length % size:
+    while size >= least and (length % size or length < blocks * size):
         size //= 2
     return size if size >= least else 0
