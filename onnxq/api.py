@@ -21,6 +21,7 @@ from onnxq.gpus import target as find_target
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule, presets
 from onnxq.recipe import load as load_recipe
+from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
 from onnxq.results import Built, Compared, Inspected, Quantized, Result
 from onnxq.samples import Data
@@ -73,8 +74,9 @@ def quantize(
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
     from onnxq.graph.save import save
+    from onnxq.inputs import layer_inputs
     from onnxq.solving import Solver
-    from onnxq.transform import activation_ranges, apply_placement, input_grams, settle
+    from onnxq.transform import activation_ranges, apply_placement, settle
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
@@ -95,18 +97,19 @@ def quantize(
         if save_calib is not None:
             table.save(Path(save_calib))
     ranges = activation_ranges(placement, table) if table is not None else None
-    solver = Solver(chosen.steps, input_grams(placement, table)) if table and chosen.steps else None
-    report.edits += convert_base(
-        graph,
-        precision,
-        convert_io=io == "fp16",
-        samples=samples,
-        calibrated=table.peaks() if table else None,
-        device=device,
-        progress=progress,
-    )
-    placement = settle(placement, ranges)
-    report.edits += apply_placement(graph, placement, ranges, progress, solver)
+    with layer_inputs(graph, placement, table, samples, device) as inputs:
+        report.edits += convert_base(
+            graph,
+            precision,
+            convert_io=io == "fp16",
+            samples=samples,
+            calibrated=table.peaks() if table else None,
+            device=device,
+            progress=progress,
+        )
+        placement = settle(placement, ranges)
+        solver = Solver(chosen.steps, inputs) if inputs is not None else None
+        report.edits += apply_placement(graph, placement, ranges, progress, solver)
     if solver is not None:
         report.edits += solver.edits()
         report.facts["rounding"] = solver.facts()
@@ -395,7 +398,7 @@ def _calibrate(
     from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
-    if not placement.recipe.needs_data:
+    if not (placement.recipe.needs_ranges or placement.recipe.needs_grams):
         return None
     watched = watched_tensors(placement)
     if not tables:

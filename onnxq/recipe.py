@@ -93,6 +93,11 @@ class Recipe:
         return self.needs_ranges or bool(self.steps)
 
     @property
+    def needs_grams(self) -> bool:
+        """Whether its steps take Gram matrices of a calibration; some run the model themselves."""
+        return bool(self.steps) and "sequential" not in self.steps
+
+    @property
     def needs_ranges(self) -> bool:
         """Whether it has static scales of activations."""
         return self.mode == "static" and self.activations not in ("none", "mxfp8")

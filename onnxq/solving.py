@@ -19,15 +19,14 @@ from onnxq import numerics
 from onnxq.algorithms.gptq import Sweep
 from onnxq.algorithms.hessian import output_errors
 from onnxq.algorithms.search import search_scales
+from onnxq.algorithms.target import corrected_target
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme
+from onnxq.inputs import Inputs, Moments
 from onnxq.report import Edit
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
 from onnxq.schemes import summed_axis
 from onnxq.sites import Site
-
-Grams = Callable[[Site], Array | None]
-"""X^T X / n of what a layer reads, [K, K]; None where there is none (a convolution)."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,14 @@ class Solved:
 class Solver:
     """A rounding (see `onnxq.rounding`) by the steps of a recipe."""
 
-    def __init__(self, steps: tuple[str, ...], grams: Grams) -> None:
-        self.steps, self._grams = steps, grams
+    def __init__(self, steps: tuple[str, ...], inputs: Inputs) -> None:
+        self.steps, self._inputs = steps, inputs
         self.nearest = Nearest()
         self.solved: list[Solved] = []
         self.left: list[Edit] = []
         self._store = _Store()
         self._known: dict[tuple[Any, ...], Rounded] = {}
-        self._sweep: tuple[str, Sweep] | None = None
+        self._sweep: tuple[Moments, Sweep] | None = None
 
     def __call__(self, site: Site, scheme: QuantScheme) -> Rounded:
         assert site.operand is not None
@@ -78,8 +77,8 @@ class Solver:
 
     def _rounded(self, site: Site, scheme: QuantScheme) -> Rounded:
         why = "" if scheme.format.symmetric else "its format has zero points"
-        H = None if why else self._grams(site)
-        if H is None:
+        moments = None if why else self._inputs.of(site)
+        if moments is None:
             why = why or "it is no linear layer"
             self.left.append(Edit("round", "nearest", site.name, f"{why}: no second-order method"))
             return self.nearest(site, scheme)
@@ -91,7 +90,10 @@ class Solver:
         if scheme.format.two_level:
             largest = float(np.abs(W).max(initial=0))
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
-        codes, scale = self._solve(site, np.ascontiguousarray(W), inner, H)
+        found = self._solve(site, np.ascontiguousarray(W), inner, moments)
+        stored = found.grid * numerics.steps(found.scale, inner, W.shape)
+        self._inputs.rounded(site, stored.T if across else stored)
+        codes, scale = found.grid.astype(scheme.format.dtype()), found.scale
         unit = np.array(inner.unit, np.float32)
         return Rounded(
             scheme,
@@ -100,42 +102,50 @@ class Solver:
             (lambda: unit) if scheme.format.two_level else None,
         )
 
-    def _solve(self, site: Site, W: Array, scheme: QuantScheme, H: Array) -> tuple[Array, Array]:
-        power = float(output_errors(W, H).sum()) or 1.0
+    def _solve(self, site: Site, W: Array, scheme: QuantScheme, moments: Moments) -> _Candidate:
+        power = float(output_errors(W, moments.full).sum()) or 1.0
         errors: dict[str, float] = {}
-        best: tuple[float, Array, Array] | None = None
-        for name, grid, scale in self._candidates(site, W, scheme, H):
-            step = numerics.steps(scale, scheme, W.shape)
-            errors[name] = float(output_errors(grid * step - W, H).sum()) / power
-            if best is None or errors[name] < best[0]:
-                best = errors[name], grid, scale
-                kept = name
+        best: _Candidate | None = None
+        for candidate in self._candidates(site, W, scheme, moments):
+            values = candidate.grid * numerics.steps(candidate.scale, scheme, W.shape)
+            error = _output_error(W, values, moments) / power
+            if best is None or error < min(errors.values()):
+                best = candidate
+            errors[candidate.name] = error
         assert best is not None
-        self.solved.append(Solved(site.name, errors, kept))
-        return best[1].astype(scheme.format.dtype()), best[2]
+        self.solved.append(Solved(site.name, errors, best.name))
+        return best
 
     def _candidates(
-        self, site: Site, W: Array, scheme: QuantScheme, H: Array
-    ) -> Iterator[tuple[str, Array, Array]]:
-        """(name, values in steps, scales) of rounding to nearest and of each step behind it."""
-        fmt, peak = scheme.format, numerics.peaks(W, scheme.granularity)
+        self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
+    ) -> Iterator[_Candidate]:
+        """Rounding to nearest, then what each step makes with those before it."""
+        fmt, H = scheme.format, moments.rounded
+        peak = numerics.peaks(W, scheme.granularity)
         scale = _scales(site, peak, scheme)
-        yield "nearest", numerics.nearest(W / numerics.steps(scale, scheme, W.shape), fmt), scale
-        name = ""
+        step = numerics.steps(scale, scheme, W.shape)
+        yield _Candidate("nearest", numerics.nearest(W / step, fmt), scale)
+        name: list[str] = []
+        if "sequential" in self.steps and moments.cross is not moments.full:
+            W = corrected_target(W, H, moments.cross)
+            peak = numerics.peaks(W, scheme.granularity)
+            scale = _scales(site, peak, scheme)
+            name.append("sequential")
+            step = numerics.steps(scale, scheme, W.shape)
+            yield _Candidate("+".join(name), numerics.nearest(W / step, fmt), scale)
         if "search" in self.steps:
-            scale, name = search_scales(W, np.diag(H), peak, scheme), "search"
+            scale = search_scales(W, np.diag(H), peak, scheme)
+            name.append("search")
             step = numerics.steps(scale, scheme, W.shape)
-            yield name, numerics.nearest(W / step, fmt), scale
+            yield _Candidate("+".join(name), numerics.nearest(W / step, fmt), scale)
         if "gptq" in self.steps:
-            step = numerics.steps(scale, scheme, W.shape)
-            grid = self._sweep_of(site, H).round(W, step, fmt)
-            yield f"{name}+gptq" if name else "gptq", grid, scale
+            name.append("gptq")
+            yield _Candidate("+".join(name), self._sweep_of(moments).round(W, step, fmt), scale)
 
-    def _sweep_of(self, site: Site, H: Array) -> Sweep:
+    def _sweep_of(self, moments: Moments) -> Sweep:
         """Layers that read one tensor come one after another, and share its factor."""
-        tensor = site.node.inputs[0].name
-        if self._sweep is None or self._sweep[0] != tensor:
-            self._sweep = tensor, Sweep(H)
+        if self._sweep is None or self._sweep[0] is not moments:
+            self._sweep = moments, Sweep(moments.rounded)
         return self._sweep[1]
 
     def facts(self) -> dict[str, Any]:
@@ -151,6 +161,23 @@ class Solver:
     def edits(self) -> list[Edit]:
         """One a weight."""
         return [s.edit() for s in self.solved] + self.left
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight in the format's values (units of a step) [K, N], and the scales."""
+
+    name: str
+    grid: Array
+    scale: Array
+
+
+def _output_error(W: Array, values: Array, moments: Moments) -> float:
+    """E||X W - Y V||^2 for the input X in full precision and Y behind rounded layers."""
+    if moments.cross is moments.full:
+        return float(output_errors(values - W, moments.full).sum())
+    own = output_errors(W, moments.full).sum() + output_errors(values, moments.rounded).sum()
+    return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, values, dtype=np.float64))
 
 
 class _Store:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
             kind = "amax" if recipe.calibrator == "max" else "histogram"
             for node, i in _measured_inputs(site):
                 wanted.setdefault(node.inputs[i].name, []).append(kind)
-        if recipe.steps and site.kind == "linear":
+        if recipe.needs_grams and site.kind == "linear":
             wanted.setdefault(site.node.inputs[0].name, []).append("gram")
     return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items()}
 
@@ -73,16 +73,6 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges |
         (id(node), i): table.range(node.inputs[i].name, method, recipe.activations)
         for node, i in _static_inputs(placement)
     }
-
-
-def input_grams(placement: Placement, table: CalibrationTable) -> Callable[[Site], Any]:
-    """The Gram matrix of what each linear layer reads; taken when `activation_ranges` is."""
-    names = {
-        id(d.site.node): d.site.node.inputs[0].name
-        for d in placement.quantized
-        if d.site.kind == "linear"
-    }
-    return lambda site: table.gram(names[id(site.node)]) if id(site.node) in names else None
 
 
 def settle(placement: Placement, ranges: Ranges | None) -> Placement:

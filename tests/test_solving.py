@@ -67,6 +67,21 @@ def test_held_out_error_falls(name: str, gain: float, tmp_path: Path) -> None:
     assert _error(tmp_path, source, name, *STEPS, x=x) >= plain + gain
 
 
+def test_going_layer_by_layer_makes_up_for_the_layers_before(tmp_path: Path) -> None:
+    """Behind a layer in INT4, held out: the second layer's share of the error at least is less."""
+    source, (_, x) = _linear(tmp_path), _data(tmp_path, 32, seed=2)
+    alone = _error(tmp_path, source, "int4-rtn", *STEPS, x=x)
+    assert _error(tmp_path, source, "int4-rtn", "sequential", *STEPS, x=x) > alone + 0.3
+
+
+def test_layer_by_layer_needs_the_data_itself(tmp_path: Path) -> None:
+    source, (calib, _) = _linear(tmp_path), _data(tmp_path)
+    table = tmp_path / "t.npz"
+    onnxq.quantize(source, tmp_path / "a.onnx", recipe="fp8-gptq", calib=calib, save_calib=table)
+    with pytest.raises(OnnxqError, match="a calibration table is not enough"):
+        onnxq.quantize(source, tmp_path / "b.onnx", recipe="int4-best", load_calib=[table])
+
+
 def test_the_error_reported_is_that_of_the_file(tmp_path: Path) -> None:
     """Of the first layer, whose input is the data itself: recomputed from the stored codes."""
     source, (calib, x) = _linear(tmp_path), _data(tmp_path)
@@ -148,7 +163,7 @@ def test_steps_in_an_order_that_makes_no_sense_are_refused() -> None:
         from_dict({"steps": ["gptq", "search"]}, "x.yaml")
     with pytest.raises(OnnxqError, match="no sense in this order"):
         from_dict({"steps": ["gptq", "gptq"]}, "x.yaml")
-    with pytest.raises(OnnxqError, match="choose one of: search, gptq"):
+    with pytest.raises(OnnxqError, match="choose one of: sequential, search, gptq"):
         from_dict({"steps": ["magic"]}, "x.yaml")
 
 

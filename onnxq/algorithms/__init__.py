@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["scale", "round"]
+Kind = Literal["target", "scale", "round"]
 
-KINDS: tuple[Kind, ...] = ("scale", "round")
-"""In the order that makes sense: scales are fixed before values are rounded under them."""
+KINDS: tuple[Kind, ...] = ("target", "scale", "round")
+"""In the order that makes sense: what to round towards, then scales, then values under them."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
+    "sequential": ("target", "layer by layer, each making up for the error of those before it"),
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),
 }
-"""Name -> kind and what it does. All of them need the Gram matrix of the layer's input."""
+"""Name -> kind and what it does. All of them need the second moments of the layer's input."""
