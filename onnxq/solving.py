@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from onnxq import numerics
-from onnxq.algorithms.gptq import Sweep
-from onnxq.algorithms.hessian import output_errors
+from onnxq.algorithms import STEPS
+from onnxq.algorithms.descent import descend
+from onnxq.algorithms.gptq import DAMP, Sweep
+from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.search import search_scales
 from onnxq.algorithms.target import corrected_target
 from onnxq.errors import OnnxqError
@@ -120,27 +122,30 @@ class Solver:
         self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
     ) -> Iterator[_Candidate]:
         """Rounding to nearest, then what each step makes with those before it."""
-        fmt, H = scheme.format, moments.rounded
+        fmt, H, done = scheme.format, moments.rounded, []
         peak = numerics.peaks(W, scheme.granularity)
         scale = _scales(site, peak, scheme)
         step = numerics.steps(scale, scheme, W.shape)
-        yield _Candidate("nearest", numerics.nearest(W / step, fmt), scale)
-        name: list[str] = []
-        if "sequential" in self.steps and moments.cross is not moments.full:
-            W = corrected_target(W, H, moments.cross)
-            peak = numerics.peaks(W, scheme.granularity)
-            scale = _scales(site, peak, scheme)
-            name.append("sequential")
-            step = numerics.steps(scale, scheme, W.shape)
-            yield _Candidate("+".join(name), numerics.nearest(W / step, fmt), scale)
-        if "search" in self.steps:
-            scale = search_scales(W, np.diag(H), peak, scheme)
-            name.append("search")
-            step = numerics.steps(scale, scheme, W.shape)
-            yield _Candidate("+".join(name), numerics.nearest(W / step, fmt), scale)
-        if "gptq" in self.steps:
-            name.append("gptq")
-            yield _Candidate("+".join(name), self._sweep_of(moments).round(W, step, fmt), scale)
+        grid = numerics.nearest(W / step, fmt)
+        yield _Candidate("nearest", grid, scale)
+        for name in self.steps:
+            if name == "sequential":
+                if moments.cross is moments.full:
+                    continue  # nothing before it is rounded
+                W = corrected_target(W, H, moments.cross)
+                peak = numerics.peaks(W, scheme.granularity)
+                scale = _scales(site, peak, scheme)
+            elif name == "search":
+                scale = search_scales(W, np.diag(H), peak, scheme)
+            if STEPS[name][0] in ("target", "scale"):
+                step = numerics.steps(scale, scheme, W.shape)
+                grid = numerics.nearest(W / step, fmt)
+            elif name == "gptq":
+                grid = self._sweep_of(moments).round(W, step, fmt)
+            else:
+                grid = descend(grid, W, step, damped(H, DAMP), fmt)
+            done.append(name)
+            yield _Candidate("+".join(done), grid, scale)
 
     def _sweep_of(self, moments: Moments) -> Sweep:
         """Layers that read one tensor come one after another, and share its factor."""

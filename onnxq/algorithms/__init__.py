@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["target", "scale", "round"]
+Kind = Literal["target", "scale", "round", "refine"]
 
-KINDS: tuple[Kind, ...] = ("target", "scale", "round")
-"""In the order that makes sense: what to round towards, then scales, then values under them."""
+KINDS: tuple[Kind, ...] = ("target", "scale", "round", "refine")
+"""In the order that makes sense: what to round towards, scales, values under them, those again."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
     "sequential": ("target", "layer by layer, each making up for the error of those before it"),
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),
+    "descent": ("refine", "every code looked at again, given all the others"),
 }
 """Name -> kind and what it does. All of them need the second moments of the layer's input."""

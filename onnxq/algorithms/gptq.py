@@ -24,6 +24,9 @@ from onnxq.formats import QuantFormat
 
 Matrix = NDArray[Any]
 
+DAMP = 0.01
+"""The paper's percdamp: added to the diagonal of H, as a share of its mean."""
+
 _LAZY = 128  # inputs whose effect on all later ones is applied in one matrix product
 _CLOSE = 16  # and on the rest of those: smaller, so that rows stay in the cache
 
@@ -33,14 +36,14 @@ class Sweep:
 
     Args:
         H: X^T X of the input, any multiple of it [K, K].
-        damp: added to the diagonal, as a share of its mean (the paper's percdamp).
+        damp: see `DAMP`.
         act_order: sweep the inputs by falling H_kk, the heavy ones while nothing has moved yet.
 
     Raises:
         LinAlgError: H is not finite, or not positive definite when damped.
     """
 
-    def __init__(self, H: Matrix, damp: float = 0.01, act_order: bool = True) -> None:
+    def __init__(self, H: Matrix, damp: float = DAMP, act_order: bool = True) -> None:
         diagonal = np.diag(H)
         self.order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
         self.U = inverse_factor(damped(H[np.ix_(self.order, self.order)], damp)).astype(np.float32)
