@@ -17,7 +17,7 @@ from onnx import helper as h
 
 from onnxq import quantize
 from onnxq.graph.model import Model
-from onnxq.graph.precision import BASES, apply_precision, plan_precision
+from onnxq.graph.precision import BASES, _types, apply_precision, plan_precision
 from onnxq.graph.prepare import infer_types, prepare
 from onnxq.graph.query import label, type_word
 from onnxq.graph.save import save
@@ -647,6 +647,23 @@ def test_operators_typed_by_an_attribute_or_without_16_bits() -> None:
     assert kept["/range"].startswith("ONNX has no fp16 Range")
     feeds = {"x": normal(4, 8)}
     assert snr(run(net.model(), feeds)[0], run(proto, feeds)[0]) > FEW_ROUNDINGS
+
+
+@pytest.mark.parametrize("opset", [13, 19, 21, 23])
+def test_the_types_of_operands_are_onnxs(opset: int) -> None:
+    try:
+        assert onnx.defs.get_schema("Relu").inputs[0].types
+    except TypeError:
+        pytest.skip("onnx 1.20 cannot tell")
+    names = {s.name for s in onnx.defs.get_all_schemas_with_history() if not s.domain}
+    for name in names:
+        try:
+            schema = onnx.defs.get_schema(name, opset)
+        except onnx.defs.SchemaError:
+            continue
+        for formals in (schema.inputs, schema.outputs):
+            for index, formal in enumerate(formals):
+                assert _types(schema, formals, index) == set(formal.types), (name, index)
 
 
 def test_sequences_and_custom_operators_keep_fp32() -> None:

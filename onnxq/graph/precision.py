@@ -163,16 +163,22 @@ def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> 
     wanted = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[base.name]
     for formal, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
         for index, tensor in enumerate(actual):
-            if is_fp32(tensor) and not _pinned(schema, formal, index):
-                allowed = formal[min(index, len(formal) - 1)].types
-                if wanted not in allowed:
-                    return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
+            types = _types(schema, formal, index)
+            if is_fp32(tensor) and not types & {wanted} and not _pinned(schema, formal, index):
+                return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
     return "its type is an attribute" if node.op in _TYPED_BY_ATTRIBUTE else None
 
 
 def _pinned(schema: Any, formal: Any, index: int) -> bool:
     """Whether the operator takes FP32 and nothing else at that place (Resize's scales)."""
-    return set(formal[min(index, len(formal) - 1)].types) == {"tensor(float)"}
+    return _types(schema, formal, index) == {"tensor(float)"}
+
+
+def _types(schema: Any, formal: Any, index: int) -> set[str]:
+    """The types an operand may have; onnx 1.20 cannot give the operand's own list of them."""
+    name = formal[min(index, len(formal) - 1)].type_str
+    constraints = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+    return set(constraints.get(name, [name]))
 
 
 def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
