@@ -73,8 +73,10 @@ def quantize(
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
+    from onnxq.algorithms import STEPS
     from onnxq.graph.save import save
     from onnxq.inputs import layer_inputs
+    from onnxq.rescaling import rescale
     from onnxq.solving import Solver
     from onnxq.transform import activation_ranges, apply_placement, settle
 
@@ -96,6 +98,12 @@ def quantize(
         report.notes += table.notes
         if save_calib is not None:
             table.save(Path(save_calib))
+    digest = table.digest if table is not None else None
+    if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
+        placement, table, edits = rescale(graph, placement, table, progress)
+        report.edits += edits
+        if chosen.needs_ranges:
+            table = _measured_again(graph, placement, table, samples, memory, device, progress)
     ranges = activation_ranges(placement, table) if table is not None else None
     with layer_inputs(graph, placement, table, samples, device) as inputs:
         report.edits += convert_base(
@@ -113,7 +121,7 @@ def quantize(
     if solver is not None:
         report.edits += solver.edits()
         report.facts["rounding"] = solver.facts()
-    record.stamp(graph, chosen, target, precision, table.digest if table else None)
+    record.stamp(graph, chosen, target, precision, digest)
     written = save(graph, destination, progress=progress)
 
     report.facts.update(
@@ -124,7 +132,7 @@ def quantize(
         recipe=chosen.as_dict(),
         sites=_site_counts(placement),
         bytes_after=sum(p.stat().st_size for p in written),
-        calibration=table.digest if table else None,
+        calibration=digest,
         seconds=round(time.monotonic() - started, 2),
     )
     return Quantized(report, True, tuple(written), placement)
@@ -417,6 +425,45 @@ def _calibrate(
         table = table.merge(load_table(Path(path), graph.fingerprint))
     table.require(graph.fingerprint, watched)
     return table
+
+
+def _measured_again(
+    graph: Model,
+    placement: Placement,
+    table: CalibrationTable,
+    samples: Samples | None,
+    memory: int | None,
+    device: Device,
+    progress: Progress,
+) -> CalibrationTable:
+    """The table with the ranges of the rescaled model in the place of the original's."""
+    from onnxq.calibrate.run import calibrate
+    from onnxq.transform import watched_tensors
+
+    if samples is None:
+        raise OnnxqError(
+            f"recipe {placement.recipe.name} rescales layers, whose ranges must be measured again",
+            "give the data too, with --calib or --text: a calibration table is not enough",
+        )
+    watched = {
+        tensor: "+".join(name for name in names.split("+") if name != "gram")
+        for tensor, names in watched_tensors(placement).items()
+    }
+    again = calibrate(
+        graph.session_model,
+        {tensor: names for tensor, names in watched.items() if names},
+        samples,
+        memory=memory,
+        device=device,
+        progress=progress,
+    )
+    tensors = table.statistics.keys() | again.statistics.keys()
+    return dataclasses.replace(
+        table,
+        statistics={
+            t: {**table.statistics.get(t, {}), **again.statistics.get(t, {})} for t in tensors
+        },
+    )
 
 
 def _facts_before(graph: Model) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class Recipe:
     @property
     def needs_grams(self) -> bool:
         """Whether its steps take Gram matrices of a calibration; some run the model themselves."""
-        return bool(self.steps) and "sequential" not in self.steps
+        rescales = any(STEPS[name][0] == "rescale" for name in self.steps)
+        return bool(self.steps) and (rescales or "sequential" not in self.steps)
 
     @property
     def needs_ranges(self) -> bool:

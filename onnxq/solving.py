@@ -137,6 +137,8 @@ class Solver:
                 scale = _scales(site, peak, scheme)
             elif name == "search":
                 scale = search_scales(W, np.diag(H), peak, scheme)
+            if STEPS[name][0] == "rescale":
+                continue  # the weight has been, before
             if STEPS[name][0] in ("target", "scale"):
                 step = numerics.steps(scale, scheme, W.shape)
                 grid = numerics.nearest(W / step, fmt)

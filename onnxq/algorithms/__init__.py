@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["target", "scale", "round", "refine"]
+Kind = Literal["rescale", "target", "scale", "round", "refine"]
 
-KINDS: tuple[Kind, ...] = ("target", "scale", "round", "refine")
-"""In the order that makes sense: what to round towards, scales, values under them, those again."""
+KINDS: tuple[Kind, ...] = ("rescale", "target", "scale", "round", "refine")
+"""In the order that makes sense: the layers themselves, what to round towards, scales, values
+under them, those values again."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
+    "awq": ("rescale", "weights that meet large inputs made larger, and the inputs smaller"),
     "sequential": ("target", "layer by layer, each making up for the error of those before it"),
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),

@@ -204,6 +204,17 @@ class Gram:
         self._upper = ssyrk(1.0, rows.T, 1.0, total, overwrite_c=1)
         self.rows += len(rows)
 
+    def divided(self, s: Array) -> Gram:
+        """That of the same rows, each channel divided by s [channels]."""
+        other, found = Gram(), self._state()
+        if found is not None:
+            inverse = (1 / np.asarray(s, np.float64)).astype(np.float32)
+            other._upper = np.asfortranarray(found * inverse[:, None] * inverse)
+            other.rows = self.rows
+            if self._parked is not None:
+                other.park()
+        return other
+
     def merge(self, other: Gram) -> None:
         theirs, own = other._state(), self._state()
         if theirs is None:

@@ -1,0 +1,94 @@
+"""The rescale step through the whole spine: folded into the norm, searched on the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from core_graphs import Net, initializer, operators, recipe, run, snr
+
+import onnxq
+from onnxq.errors import OnnxqError
+from onnxq.recipe import Recipe
+
+
+def _net(folder: Path) -> Path:
+    """A norm that two layers read; every 9th of its channels is loud."""
+    net = Net()
+    x = net.input("x", ["batch", 8, 64])
+    gain = np.where(np.arange(64) % 9 == 0, 20.0, 1.0)
+    scale, bias = net.const("gain", gain), net.const("bias", np.zeros(64))
+    normal = net.op("LayerNormalization", x, scale, bias, name="/norm")
+    a = net.op("MatMul", normal, net.weight("a", 64, 48), name="/a")
+    b = net.op("MatMul", normal, net.weight("b", 64, 48), name="/b")
+    net.output(net.op("Add", a, b, name="/sum"))
+    return net.save(folder / "net.onnx")
+
+
+def _data(folder: Path, seed: int) -> tuple[Path, np.ndarray]:
+    x = np.random.default_rng(seed).standard_normal((24, 8, 64)).astype(np.float32)
+    np.savez(folder / f"d{seed}.npz", x=x)
+    return folder / f"d{seed}.npz", x
+
+
+def _with(name: str, *steps: str) -> Recipe:
+    return replace(recipe(name), name=f"{name}-{'-'.join(steps)}", steps=steps)
+
+
+def test_awq_lowers_the_error_and_adds_no_operator(tmp_path: Path) -> None:
+    source, (calib, _), (_, x) = _net(tmp_path), _data(tmp_path, 0), _data(tmp_path, 1)
+    wanted = run(onnx.load(source), {"x": x})[0]
+    found = {}
+    for steps in ((), ("awq",)):
+        made = tmp_path / f"{len(steps)}.onnx"
+        options = {"recipe": _with("int4-rtn", *steps), "precision": "keep"}
+        done = onnxq.quantize(source, made, calib=calib, **options)
+        found[len(steps)] = snr(wanted, run(onnx.load(made), {"x": x})[0])
+        assert operators(onnx.load(made)).count("Mul") == 0
+        if steps:
+            (edit,) = [e for e in done.report.edits if e.step == "awq"]
+            assert (edit.verb, edit.target) == ("fold", "/norm:0")
+            assert float(edit.reason.split(";")[0].removeprefix("alpha ")) > 0
+            # One factor for both readers: the norm's gain says what it was.
+            gain = initializer(onnx.load(made), "gain")
+            assert gain[0] / gain[1] < 20
+    assert found[1] > found[0] + 2
+
+
+def test_ranges_are_those_of_the_rescaled_input(tmp_path: Path) -> None:
+    """W4A8: the activation's scale is its largest value behind the fold, over 127."""
+    source, (calib, x) = _net(tmp_path), _data(tmp_path, 0)
+    made = tmp_path / "m.onnx"
+    onnxq.quantize(source, made, recipe=_with("w4a8-rtn", "awq"), calib=calib, precision="keep")
+    model = onnx.load(made)
+    (q,) = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and "/norm" in n.input[0]]
+    scale = float(initializer(model, q.input[1]))
+    mean, deviation = x.mean(-1, keepdims=True), np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    normal = (x - mean) / deviation * initializer(model, "gain")
+    assert scale == pytest.approx(np.abs(normal).max() / 127, rel=1e-5)
+    assert initializer(model, "gain")[0] != 20
+
+
+def test_a_table_alone_does_not_serve_where_ranges_change(tmp_path: Path) -> None:
+    source, (calib, _), table = _net(tmp_path), _data(tmp_path, 0), tmp_path / "t.npz"
+    chosen = _with("w4a8-rtn", "awq")
+    onnxq.quantize(source, tmp_path / "m.onnx", recipe=chosen, calib=calib, save_calib=table)
+    with pytest.raises(OnnxqError, match="must be measured again"):
+        onnxq.quantize(source, tmp_path / "n.onnx", recipe=chosen, load_calib=[table])
+    onnxq.quantize(source, tmp_path / "n.onnx", recipe=_with("int4-rtn", "awq"), load_calib=[table])
+
+
+def test_what_cannot_be_folded_is_left_and_said(tmp_path: Path) -> None:
+    net = Net()
+    x = net.input("x", ["batch", 8, 64])
+    h = net.op("Gelu", x, name="/gelu")
+    net.output(net.op("MatMul", h, net.weight("a", 64, 48), name="/a"))
+    calib, _ = _data(tmp_path, 0)
+    source = net.save(tmp_path / "net.onnx")
+    done = onnxq.quantize(source, tmp_path / "m.onnx", recipe=_with("int4-rtn", "awq"), calib=calib)
+    (edit,) = [e for e in done.report.edits if e.step == "awq"]
+    assert edit.verb == "leave"
+    assert "Gelu" in edit.reason
