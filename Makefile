@@ -13,12 +13,12 @@ TEXT := --tokenizer $(SMOLLM2)/tokenizer.json --text
 # Two threads on two busy cores spin; one per process is faster and steadier.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check models bench clean
+.PHONY: demo test check models bench bench-peers clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/python -m models.smollm2
 	$(DEMO)/bin/python -m models.wiki
-	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(OUT)/demo/model.fp8.onnx --recipe fp8 \
+	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(OUT)/demo/model.fp8.onnx --recipe fp8-gptq \
 	    $(TEXT) $(WIKI)/wiki_calib.txt --samples 64 --report $(OUT)/demo/quantize.json
 	$(DEMO)/bin/onnxq build $(OUT)/demo/model.fp8.onnx -o $(OUT)/demo/model.plan --target sm89 \
 	    $(SHAPES) --strict --report $(OUT)/demo/build.json
@@ -65,6 +65,10 @@ $(OUT)/smollm2-torch-decode/model.onnx: | $(EXPORT)/ready
 bench: models
 	$(TEST)/bin/python -m tools.bench
 
+# Beside the peers, each in an environment of its own (the first time 3 GB of packages).
+bench-peers: models
+	$(TEST)/bin/python -m tools.bench --models minilm,smollm2 --peers modelopt,onnxruntime,nncf,onnxsim
+
 $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/pip install -q '.[cpu]' 'gguf>=0.10'
@@ -84,4 +88,4 @@ $(EXPORT)/ready:
 	touch $@
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(EXPORT) build dist *.egg-info
+	rm -rf $(DEMO) $(TEST) $(EXPORT) .venv-peer-* build dist *.egg-info

@@ -1,6 +1,11 @@
 """Measure onnxq on real models and print the table of the README.
 
     python -m tools.bench [--models minilm,smollm2,ppocr,sdxl-tiny] [--no-speed] [--json FILE]
+    python -m tools.bench --models minilm,smollm2 --peers modelopt,onnxruntime,nncf,onnxsim
+
+The second runs onnxq and its peers side by side, each in an environment of its own, made the first
+time; the table, its data and a picture go into models/out/bench/. Results are kept: `--fresh`
+measures again.
 
 Accuracy is taken on data the calibration never saw. Times compare within this run only: they are
 given as ratios to the floor, which is ONNX Runtime's bare forward passes over the same data for a
@@ -25,30 +30,84 @@ from rich.table import Table
 
 from tools.bench.child import onnxq
 from tools.bench.models import CASES, Case
+from tools.bench.peers import FLOOR, OURS, PEERS
 from tools.bench.speed import speed_rows
 
+_RIVALS = tuple(name for name in PEERS if name not in (FLOOR, OURS))
+_SHARED = tuple(name for name, case in CASES.items() if case.shared)
 _PACKAGES = ("onnxq", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure onnxq on real models.")
-    parser.add_argument("--models", default=",".join(CASES), help="names, joined by commas")
+    parser.add_argument("--models", help=f"joined by commas, of {','.join(CASES)}")
+    parser.add_argument("--peers", help=f"side by side: of {','.join(_RIVALS)}")
+    parser.add_argument("--fresh", action="store_true", help="run peers again that have results")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each; medians are shown")
     parser.add_argument("--no-speed", action="store_true", help="accuracy and coverage only")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    console = Console(width=150)
-    console.print(f"$ python -m tools.bench {' '.join(sys.argv[1:])}")
+    models = _names(parser, options.models, _SHARED if options.peers else tuple(CASES))
+    console = Console(width=170)
+    command = f"python -m tools.bench {' '.join(sys.argv[1:])}"
+    console.print(f"$ {command}")
     console.print(_machine())
+    if options.peers:
+        peers = _names(parser, options.peers, _RIVALS)
+        _side_by_side(console, command, models, peers, options.fresh, options.rounds)
+        return
     figures: dict[str, Any] = {"machine": _machine(), "accuracy": [], "speed": []}
-    for name in options.models.split(","):
+    for name in models:
         with tempfile.TemporaryDirectory() as folder:
             figures["accuracy"] += _measure(CASES[name], Path(folder))
     console.print(_accuracy_table(figures["accuracy"]))
     if not options.no_speed:
-        figures["speed"] = speed_rows([n for n in options.models.split(",") if n != "ppocr"])
+        figures["speed"] = speed_rows([name for name in models if name != "ppocr"])
         console.print(_speed_table(figures["speed"]))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _names(parser: argparse.ArgumentParser, given: str | None, known: tuple[str, ...]) -> list[str]:
+    """The names asked for; all that are known by default."""
+    names = list(known) if given is None else given.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
+def _side_by_side(
+    console: Console,
+    command: str,
+    models: list[str],
+    peers: list[str],
+    fresh: bool,
+    rounds: int,
+) -> None:
+    from tools.bench import plot, tables
+    from tools.bench.bars import bars, losses
+    from tools.bench.side_by_side import BENCH, side_by_side
+
+    rows = side_by_side(models, peers, fresh=fresh, rounds=rounds)
+    found = bars(rows)
+    versions = list(dict.fromkeys(f"{r['peer']}: {_listed(r['versions'])}" for r in rows))
+    for line in (*versions, *tables.notes(rows)):
+        console.print(line, highlight=False)
+    console.print(tables.terminal(rows))
+    if found:
+        console.print(tables.bars_table(found))
+    if worse := losses(rows):
+        console.print("where a peer does better:", *worse, sep="\n  ", highlight=False)
+    content = {"command": command, "machine": _machine(), "rows": rows, "bars": found}
+    (BENCH / "bench.json").write_text(json.dumps(content, indent=2, default=vars) + "\n")
+    page = tables.markdown(command, _machine(), versions, rows, found)
+    (BENCH / "bench.md").write_text(page)
+    plot.draw(rows, BENCH / "bench.png", f"{platform.machine()}, {os.cpu_count()} cores, no GPU")
+    console.print(f"saved: {BENCH}/bench.json, bench.md, bench.png")
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _machine() -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxq.samples import Data
 
 OUT = Path("models/out")
 WIKI = OUT / "wiki"
@@ -21,6 +24,10 @@ class Case:
         shapes: of the compiled profile.
         recipes: what is measured on it.
         yardstick: name of the task's measure, and the function that takes it of a model.
+        shared: options that name the calibration data of onnxq and its peers alike, side by side;
+            empty: the model takes no part in that.
+        tokens: of a language model, the input whose tokens the first output predicts.
+        batch: rows of a held-out step.
     """
 
     name: str
@@ -30,11 +37,37 @@ class Case:
     shapes: tuple[str, ...]
     recipes: tuple[str, ...]
     yardstick: tuple[str, Callable[[Path], float]] | None = None
+    shared: tuple[str, ...] = ()
+    tokens: str = ""
+    batch: int = 1
 
 
-def _text(name: str, samples: int) -> tuple[str, ...]:
-    tokenizer = str(SMOLLM2 / "tokenizer.json")
+def data(options: tuple[str, ...]) -> Data:
+    """The samples that options of the command line name."""
+    from onnxq.samples import Data
+
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    count = {
+        name: int(given[flag])
+        for flag, name in (("--samples", "samples"), ("--seq-len", "seq_len"), ("--batch", "batch"))
+        if flag in given
+    }
+    return Data(
+        path=given.get("--calib", given.get("--data")),
+        text=given.get("--text"),
+        tokenizer=given.get("--tokenizer"),
+        **count,
+    )
+
+
+def _text(name: str, samples: int, folder: Path = SMOLLM2) -> tuple[str, ...]:
+    tokenizer = str(folder / "tokenizer.json")
     return ("--text", str(WIKI / name), "--tokenizer", tokenizer, "--samples", str(samples))
+
+
+def _short(folder: Path) -> tuple[str, ...]:
+    """16 windows of 64 tokens: what the peers are run on."""
+    return (*_text("wiki_calib.txt", 16, folder), "--seq-len", "64")
 
 
 def _each(names: tuple[str, ...], shape: str) -> tuple[str, ...]:
@@ -83,6 +116,7 @@ CASES = {
             _each(("input_ids", "attention_mask", "token_type_ids"), "1x8,4x128,8x256"),
             _STATIC_AND_DYNAMIC,
             ("WordSim353", wordsim),
+            shared=_short(OUT / "minilm"),
         ),
         Case(
             "smollm2",
@@ -92,6 +126,8 @@ CASES = {
             _each(("input_ids", "attention_mask"), "1x32,1x256,4x512"),
             ("fp8", "fp8-attention", "int8", "fp8-dynamic", "int8-dynamic"),
             ("perplexity", perplexity),
+            shared=_short(SMOLLM2),
+            tokens="input_ids",
         ),
         Case(
             "ppocr",
@@ -101,6 +137,7 @@ CASES = {
             ("x:1x3x48x32,4x3x48x320,8x3x48x640",),
             _STATIC_AND_DYNAMIC,
             ("character errors %", character_errors),
+            shared=("--calib", str(OUT / "ppocr_rec/calib.npz")),
         ),
         Case(
             "sdxl-tiny",

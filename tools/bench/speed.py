@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from tools.bench.child import peak
-from tools.bench.models import CASES
+from tools.bench.models import CASES, data
 
 _ROUNDS = 3
 _SAMPLES = {"smollm2": 8, "minilm": 32, "sdxl-tiny": 8}
@@ -58,20 +59,14 @@ def _measure(name: str, what: str) -> dict[str, float]:
     from onnxq.graph.prepare import prepare
     from onnxq.placement import place
     from onnxq.recipe import load
-    from onnxq.samples import Data
     from onnxq.transform import watched_tensors
 
     case = CASES[name]
-    options = dict(zip(case.calib[::2], case.calib[1::2], strict=True))
     model, _ = prepare(Model.load(case.model), 19)
-    data = Data(
-        path=options.get("--calib"),
-        text=options.get("--text"),
-        tokenizer=options.get("--tokenizer"),
-        samples=_SAMPLES[name] if "--text" in options else None,
-        batch=int(options["--batch"]) if "--batch" in options else None,
-    )
-    samples = data.open(model.inputs())
+    given = data(case.calib)
+    if given.text is not None:
+        given = replace(given, samples=_SAMPLES[name])
+    samples = given.open(model.inputs())
     if what == "bare":
         session = open_session(case.model)
         started, spent = time.perf_counter(), time.process_time()

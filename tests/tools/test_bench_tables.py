@@ -1,0 +1,193 @@
+"""The side-by-side table: cells, bars, losses and picture, from made-up rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench_rows import row
+
+from tools.bench import plot, tables
+from tools.bench.bars import bars, losses, usage
+
+
+def test_cells_stand_under_their_headings() -> None:
+    headings, (line,) = tables.grid([row("onnxq", "int8", cpu=1.5, perplexity=21.25)])
+    assert dict(zip(headings, line, strict=True)) == {
+        "model": "minilm",
+        "tool": "onnxq",
+        "recipe": "int8",
+        "s": "3.0",
+        "CPU s": "1.5",
+        "peak MB": "100",
+        "size": "0.40",
+        "SNR dB": "20.0",
+        "cosine": "0.9900",
+        "perplexity": "21.250",
+        "loads in ORT": "yes",
+        "lint": "3",
+        "compiles": "yes",
+        "8-bit FLOPs": "90.0 %",
+        "attention": "6 of 6 fused",
+    }
+
+
+def test_a_column_in_which_nothing_stands_is_left_out() -> None:
+    headings, _ = tables.grid([row("onnxq", "int8"), row("floor", "forward")])
+    assert "perplexity" not in headings and "SNR dB" in headings
+
+
+def cell(made: tables.Row, heading: str) -> str:
+    return dict(zip(tables.HEADINGS, tables.cells(made), strict=True))[heading]
+
+
+def test_what_went_wrong_is_said_in_the_cells() -> None:
+    assert cell(row("nncf", "int8", failed="AssertionError"), "loads in ORT") == "fails"
+    assert cell(row("nncf", "int8", snr=None), "SNR dB") == "NaN"
+    assert cell(row("nncf", "int8", perplexity=None), "perplexity") == "NaN"
+    unloaded = row("nncf", "int8", loads="no")
+    assert (cell(unloaded, "SNR dB"), cell(unloaded, "loads in ORT")) == ("", "no")
+    refused = row("nncf", "int8", share=None)
+    assert (cell(refused, "compiles"), cell(refused, "8-bit FLOPs")) == ("no", "0")
+    assert cell(row("floor", "forward"), "compiles") == ""
+
+
+def test_exact_outputs_are_infinitely_good() -> None:
+    exact = row("onnxq", "int8")
+    exact["outputs"]["snr"] = "inf"  # JSON has no number for it
+    assert cell(exact, "SNR dB") == "inf"
+
+
+def test_the_notes_give_every_reason() -> None:
+    failed = row("nncf", "int8", failed="AssertionError")
+    changed = row("modelopt", "int8", loads="fusion off", share=None)
+    changed["input_changed"] = True
+    assert tables.notes([row("onnxq", "int8"), failed, changed]) == [
+        "minilm nncf int8 fails: AssertionError",
+        "minilm modelopt int8 changed its input file",
+        "minilm modelopt int8, ONNX Runtime: no kernel",
+        "minilm modelopt int8, sm89: Int32 is no type",
+    ]
+
+
+def test_medians_over_the_rounds() -> None:
+    made = row("onnxq", "int8")
+    made["runs"] = [{"cpu": c, "peak": 0, "wall": 0} for c in (9.0, 1.0, 2.0)]
+    assert usage(made, "cpu") == 2.0
+
+
+def judged(*rows: tables.Row) -> dict[str, tuple[str, bool | None]]:
+    return {bar.what: (bar.measured, bar.reached) for bar in bars(rows)}
+
+
+def test_bars_hold_us_against_the_best_of_modelopts_recipes() -> None:
+    found = judged(
+        row("onnxq", "int8", cpu=1.0, peak=100e6, snr=12.0),
+        row("modelopt", "int8", cpu=9.0, peak=290e6, snr=3.0),
+        row("modelopt", "int8-max", cpu=6.0, peak=1400e6, snr=10.0, share=None),
+        row("modelopt", "int8-per-node", cpu=0.1, peak=1.0, failed="AssertionError"),
+        row("modelopt", "fp8", cpu=0.1, peak=1.0, snr=90.0),
+        row("nncf", "int8", cpu=0.1, peak=1.0, snr=90.0),
+        row("modelopt", "int8", model="ppocr", cpu=0.1, peak=1.0, snr=90.0),
+    )
+    assert found == {
+        "minilm int8: CPU time": ("6.0 x less", True),
+        "minilm int8: peak memory": ("0.34 x", False),
+        "minilm int8: works": (
+            "compiles, loads: yes; theirs: compiles, loads: yes | does not compile, loads: yes",
+            True,
+        ),
+        "minilm int8: error": ("SNR 12.0 dB; theirs 10.0", True),
+    }
+
+
+def test_bars_that_are_missed() -> None:
+    ours = row("onnxq", "fp8", model="smollm2", cpu=1.0, perplexity=22.0, loads="fusion off")
+    theirs = row("modelopt", "fp8", model="smollm2", cpu=4.9, perplexity=21.0)
+    found = judged(ours, theirs)
+    assert [reached for _, reached in found.values()] == [False, False, False, False]
+    assert found["smollm2 fp8: error"][0] == "perplexity 22.000; theirs 21.000; full 20.000"
+
+
+def test_an_equal_error_is_not_better() -> None:
+    found = judged(row("onnxq", "int8", snr=10.0), row("modelopt", "int8", snr=10.0))
+    assert found["minilm int8: error"][1] is False
+
+
+@pytest.mark.parametrize(("ours", "theirs", "reached"), [(30.0, None, True), (None, 30.0, False)])
+def test_nan_is_the_worst(ours: float | None, theirs: float | None, reached: bool) -> None:
+    found = judged(
+        row("onnxq", "int8", model="smollm2", perplexity=ours),
+        row("modelopt", "int8", model="smollm2", perplexity=theirs),
+    )
+    assert found["smollm2 int8: error"][1] is reached
+
+
+def test_a_peer_whose_output_does_not_load_has_no_error_to_beat() -> None:
+    theirs = row("modelopt", "int8", loads="no")
+    assert judged(row("onnxq", "int8"), theirs)["minilm int8: error"][1] is True
+
+
+def test_no_bars_without_both_sides() -> None:
+    assert bars([row("onnxq", "int8"), row("modelopt", "int8", failed="no")]) == []
+
+
+def test_losses_name_who_is_better_and_whether_that_compiles() -> None:
+    rows = [
+        row("onnxq", "int8", snr=12.0, size=39, share=0.95),
+        row("nncf", "int8-transformer", snr=17.0, size=26, cpu=5.0, share=None),
+        row("modelopt", "int8", snr=3.0, size=50, share=1.0, peak=900e6),
+        row("onnxsim", "int8-dynamic", snr=99.0, size=1, cpu=0.1, peak=1.0),
+        row("onnxsim", "fp8", snr=99.0, size=1, cpu=0.1, peak=1.0),
+        row("nncf", "int8", model="smollm2", snr=99.0, size=1, cpu=0.1, peak=1.0),
+        row("floor", "forward", cpu=0.1),
+    ]
+    assert losses(rows) == [
+        "minilm int8, file, of the original's size: 0.39; "
+        "nncf int8-transformer 0.26 (does not compile)",
+        "minilm int8, SNR dB: 12.0; nncf int8-transformer 17.0 (does not compile)",
+        "minilm int8, 8-bit share of FLOPs: 0.950; modelopt int8 1.000",
+    ]
+
+
+def test_losses_of_dynamic_recipes_are_to_dynamic_ones() -> None:
+    rows = [row("onnxq", "int8-dynamic", snr=12.0), row("onnxsim", "int8-dynamic", snr=13.0)]
+    assert losses(rows) == ["minilm int8-dynamic, SNR dB: 12.0; onnxsim int8-dynamic 13.0"]
+
+
+def test_the_page_has_all_of_it() -> None:
+    rows = [row("onnxq", "int8", snr=12.0), row("modelopt", "int8", snr=15.0, loads="fusion off")]
+    rows[1]["outputs"]["reason"] = "a | b"
+    page = tables.markdown("the command", "the machine", ["onnxq: 1"], rows, bars(rows))
+    for expected in (
+        "    the command\n",
+        "the machine",
+        "onnxq: 1",
+        "| minilm | onnxq | int8 | 2.0 | 1.0 | 100 | 0.40 | 12.0 | 0.9900 | yes | 3 | yes |",
+        "| minilm int8: CPU time | 1.0 x less | >= 5 x less | **no** |",
+        "- minilm int8, SNR dB: 12.0; modelopt int8 15.0",
+        "- minilm modelopt int8, ONNX Runtime: a | b",
+    ):
+        assert expected in page
+    widths = {line.count("|") for line in page.splitlines() if line.startswith("| minilm |")}
+    assert len(widths) == 1
+
+
+def test_the_picture_shows_every_row_and_says_what_is_missing(tmp_path: Path) -> None:
+    rows = [
+        row("floor", "forward"),
+        row("onnxq", "int8", cpu=1.5, snr=12.3),
+        row("modelopt", "int8", snr=None, share=None),
+        row("nncf", "int8", failed="AssertionError"),
+        row("onnxsim", "fp8", loads="no"),
+        row("onnxq", "fp8", model="smollm2"),
+    ]
+    figure = plot.picture(rows)
+    assert len(figure.axes) == 2 * 5
+    first = [text.get_text() for axis in figure.axes[:5] for text in axis.texts]
+    for expected in ("1.5", "12.3", "does not compile", "fails", "NaN", "does not load", "90%"):
+        assert expected in first
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["floor forward", "onnxq int8", "modelopt int8", "nncf int8", "onnxsim fp8"]
+    plot.draw(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,249 @@
+"""onnxq and its peers on the same model and the same calibration data, one after the other.
+
+Everything lies in `models/out/bench/MODEL/`: `input/` (a copy of the model, which some peers write
+to), `calib.npz`, `heldout.npz`, and a folder a recipe with the model it wrote and `result.json`.
+A result is kept as long as what it depends on is the same: the peer's packages, its script (of
+ours, the source), the model, the data. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tools.bench.child import measured
+from tools.bench.models import CASES, OUT, Case, data
+from tools.bench.peers import FLOOR, OURS, PEERS, ROOT, Peer, fingerprint
+
+BENCH = OUT / "bench"
+_LIMIT = 3600.0
+# What a part of the judgement is made by: it is made again when that changes.
+_JUDGES = {
+    "outputs": ("onnxq/evaluate", "tools/bench/judge.py"),
+    "compiled": ("onnxq/engine", "tools/bench/judge.py", "tools/bench/flops.py"),
+    "linted": ("onnxq", "tools/bench/judge.py"),
+}
+_NOTES = (".json", ".txt")
+_JUDGING = ("onnxruntime", "tensorrt-rtx", "numpy")
+
+Row = dict[str, Any]
+
+
+def side_by_side(
+    models: Sequence[str], peers: Sequence[str], *, fresh: bool = False, rounds: int = 1
+) -> list[Row]:
+    """One row a model, peer and recipe: what it took, and what came out.
+
+    Args:
+        peers: names; the floor and onnxq come first, asked for or not.
+        fresh: do again what is there.
+        rounds: how many times each is run; those there count.
+    """
+    chosen = [PEERS[name] for name in dict.fromkeys((FLOOR, OURS, *peers))]
+    packages = {peer.name: peer.environment() for peer in chosen}
+    rows = []
+    for name in models:
+        folder = _prepare(CASES[name])
+        for _ in range(rounds):
+            for peer, recipe in _each(chosen):
+                _run(CASES[name], peer, recipe, folder, packages[peer.name], fresh, rounds)
+            fresh = False
+        for peer, recipe in _each(chosen):
+            rows.append(_judge(CASES[name], peer, recipe, folder, packages[OURS]))
+    return rows
+
+
+def _each(peers: Sequence[Peer]) -> Iterator[tuple[Peer, str]]:
+    for peer in peers:
+        for recipe in peer.recipes:
+            yield peer, recipe
+
+
+def _prepare(case: Case) -> Path:
+    """The model's folder with its copy and the data, as every peer is given them."""
+    import numpy as np
+
+    from onnxq.graph.model import Model
+
+    folder = BENCH / case.name
+    source = _sources(case.model)
+    _copy_input(source, folder / "input")
+    inputs = Model.load(case.model).inputs()
+    for name, options in (("calib", case.shared), ("heldout", case.heldout)):
+        feeds = list(data(options).open(inputs))
+        arrays: dict[str, Any] = {
+            spec.name: np.concatenate([feed[spec.name] for feed in feeds]) for spec in inputs
+        }
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+def _sources(model: Path) -> list[Path]:
+    """The model's file and its external data."""
+    from onnxq.graph.model import Model
+
+    outside = {values.extent.path for values in Model.load(model).stored_outside()}
+    return [model, *sorted(outside)]
+
+
+def _copy_input(source: Sequence[Path], folder: Path) -> bool:
+    """Copy the model unless it is there unchanged; whether it was there and had been changed."""
+    copies = [folder / file.name for file in source]
+    there = all(copy.exists() for copy in copies)
+    if there and fingerprint(*copies) == fingerprint(*source):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file, copy in zip(source, copies, strict=True):
+        shutil.copyfile(file, copy)
+    return there
+
+
+def _run(
+    case: Case,
+    peer: Peer,
+    recipe: str,
+    folder: Path,
+    packages: dict[str, str],
+    fresh: bool,
+    rounds: int,
+) -> None:
+    """Run a recipe once more, unless it has been run often enough as it is."""
+    place = folder / f"{peer.name}.{recipe}"
+    source = _sources(case.model)
+    key = {
+        "packages": packages,
+        "code": peer.code(),
+        "model": fingerprint(*source),
+        "calib": _contents(folder / "calib.npz"),
+    }
+    known = _read(place / "result.json")
+    if fresh or known.get("key") != key:
+        known = {"key": key, "runs": [], "judged": {}}
+    if len(known["runs"]) >= rounds or known.get("failed"):
+        return
+    print(f"{case.name}: {peer.name} {recipe} ...", file=sys.stderr, flush=True)
+    running = folder / "running"
+    shutil.rmtree(running, ignore_errors=True)
+    running.mkdir()
+    output = running / "model.onnx"
+    arguments = (folder / "input" / case.model.name, folder / "calib.npz", output)
+    words = peer.command(recipe, *(path.resolve() for path in arguments))
+    with tempfile.TemporaryDirectory() as scratch:
+        usage = measured(words, limit=_LIMIT, environment=_paths(peer), folder=Path(scratch))
+    (running / "log.txt").write_text(usage.said)
+    known["runs"].append({k: v for k, v in asdict(usage).items() if k != "said"})
+    known["failed"] = _failure(usage.code, usage.said, peer, output)
+    known["input_changed"] = _copy_input(source, folder / "input")
+    _write(running / "result.json", known)
+    shutil.rmtree(place, ignore_errors=True)
+    running.rename(place)
+
+
+def _paths(peer: Peer) -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT)} if peer.name == OURS else {}
+
+
+def _failure(code: int | None, said: str, peer: Peer, output: Path) -> str:
+    """Why there is no result, in a line; '' where there is one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if code is None:
+        return f"stopped after {_LIMIT / 60:.0f} minutes"
+    if code != 0:
+        return (lines[-1] if lines else f"exit {code}")[:300]
+    return "" if peer.name == FLOOR or output.exists() else "it wrote no model"
+
+
+def _judge(case: Case, peer: Peer, recipe: str, folder: Path, packages: dict[str, str]) -> Row:
+    """The row of a result: its usage, its size, and every part of its judgement."""
+    place = folder / f"{peer.name}.{recipe}"
+    known = _read(place / "result.json")
+    row = {
+        "model": case.name,
+        "peer": peer.name,
+        "recipe": recipe,
+        "versions": {n: known["key"]["packages"].get(n, "") for n in peer.title},
+        **{k: known[k] for k in ("runs", "failed", "input_changed")},
+    }
+    if known["failed"] or peer.name == FLOOR:
+        return row
+    model = place / "model.onnx"
+    row["bytes"] = _size(model)
+    row["original_bytes"] = _size(case.model)
+    written = fingerprint(*(f for f in sorted(place.iterdir()) if f.suffix not in _NOTES))
+    for part, made_by in _JUDGES.items():
+        key = {
+            "code": fingerprint(*_files(made_by)),
+            "packages": {name: packages.get(name, "") for name in _JUDGING},
+            "heldout": _contents(folder / "heldout.npz"),
+            "output": written,
+        }
+        found = known["judged"].get(part, {})
+        if found.get("key") != key:
+            print(f"{case.name}: {peer.name} {recipe}: {part} ...", file=sys.stderr, flush=True)
+            found = {"key": key, "found": _judged(part, case, model, folder)}
+            known["judged"][part] = found
+            _write(place / "result.json", known)
+        row[part] = found["found"]
+    return row
+
+
+def _judged(part: str, case: Case, model: Path, folder: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch, "found.json")
+        words = [sys.executable, "-m", "tools.bench.judge", part, case.name]
+        usage = measured([*words, model, folder, result], limit=_LIMIT)
+        if usage.code == 0:
+            return _read(result)
+    said = usage.said.strip().splitlines()
+    ended = f"ended with {usage.code}: {said[-1][:200] if said else ''}"
+    return {"loads": "no", "compiles": False, "findings": None, "reason": ended}
+
+
+def _size(model: Path) -> int:
+    """Bytes of the file and of the external data it refers to; of a file alone if unreadable."""
+    from onnxq.errors import OnnxqError
+
+    try:
+        return sum(file.stat().st_size for file in _sources(model))
+    except OnnxqError:
+        return sum(f.stat().st_size for f in model.parent.iterdir() if f.suffix not in _NOTES)
+
+
+def _files(places: Sequence[str]) -> list[Path]:
+    found = []
+    for place in places:
+        path = ROOT / place
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return found
+
+
+def _contents(path: Path) -> str:
+    """A hash of an .npz's arrays: the file itself holds the time it was written."""
+    import hashlib
+
+    import numpy as np
+
+    digest = hashlib.sha256()
+    with np.load(path) as arrays:
+        for name in arrays.files:
+            array = arrays[name]
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _write(path: Path, content: Any) -> None:
+    from onnxq.files import write_json
+
+    write_json(path, content)
