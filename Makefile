@@ -71,7 +71,7 @@ bench-peers: models
 
 $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/pip install -q '.[cpu]' 'gguf>=0.10'
+	$(DEMO)/bin/pip install -q '.[cpu]' 'gguf>=0.10' 'rich>=13.7'
 	mkdir -p $(OUT)/demo
 	touch $@
 
