@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+LONGEST_PART = 800
+"""Characters of a message or a hint: a name in a damaged file can be as long as the file."""
+
+
 class OnnxqError(Exception):
     """Bad input or usage: what is wrong and where (`message`), and how to cure it (`hint`).
 
@@ -11,11 +15,16 @@ class OnnxqError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _shortened(message)
+        self.hint = _shortened(hint)
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.splitlines())
+    return text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}..."
 
 
 def missing_package(module: str, purpose: str) -> OnnxqError:

@@ -14,10 +14,12 @@ from pathlib import Path
 import onnx
 import onnx.shape_inference
 import onnx.version_converter
+from google.protobuf.message import EncodeError
 
 from onnxq.errors import OnnxqError
 from onnxq.graph.dtypes import is_known, is_packed, payload_bytes
 from onnxq.graph.names import bodies, captured, made, nested_nodes, tensors_of
+from onnxq.graph.operators import check_operators
 
 MAX_NODES = 500_000
 """Also after functions are unfolded: those that call functions can make a small file endless."""
@@ -66,6 +68,8 @@ def located(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, EncodeError):
+        raise OnnxqError(f"{path}: it does not fit into memory", "free some, or split it") from None
     except OnnxqError as error:
         text = " ".join(error.message.split())
         text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
@@ -85,6 +89,7 @@ def check_proto(proto: onnx.ModelProto) -> None:
         check_tensor(tensor)
     _check_calls(proto)
     _check_graph(proto.graph, [])
+    check_operators(proto)
 
 
 def check_text(proto: onnx.ModelProto) -> None:

@@ -50,7 +50,7 @@ def save(
     total = proto.ByteSize() + sum(v.nbytes for v in values.values())
     if external is None:
         external = model.external
-    if external or total > INLINE_LIMIT:
+    if values and (external or total > INLINE_LIMIT):
         return _save_external(proto, values, path, model.sources, progress)
     with reporting(path), temporary_beside(path) as model_file:
         with model_file.open("wb") as stream:

@@ -48,7 +48,8 @@ def test_loading_and_saving_changes_nothing(name: str, external: bool, tmp_path:
     source = g.saved(model, tmp_path / "in.onnx", external)
     written, *data = save(Model.load(source), tmp_path / "out.onnx")
     _unchanged(source, written)
-    assert bool(data) == external
+    large = any(len(t.raw_data) >= 1024 for t in model.graph.initializer)
+    assert bool(data) == (external and large)  # what would be empty is not written
     again = save(Model.load(written), tmp_path / "again.onnx")[0]
     _unchanged(source, again)
 

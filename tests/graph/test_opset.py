@@ -194,8 +194,6 @@ REFUSED = {
         7,
         "spatial",
     ),
-    "Softmax": ("(x) => (y)", "y = Softmax<axis=1>(x, x)", 11, "2 inputs"),
-    "Squeeze": ("(x) => (y)", 'y = Squeeze<axes="zero">(x)', 11, "axes"),
 }
 
 
