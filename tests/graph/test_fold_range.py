@@ -1,0 +1,109 @@
+"""In 16 bits a channel can be rescaled by so much: beyond, it overflows or loses its digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import graph_models as g
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper as nh
+from test_fold import found, loaded
+
+from onnxq.errors import OnnxqError
+from onnxq.graph.edit import Editor
+from onnxq.graph.model import Model
+from onnxq.graph.save import save
+
+TINY = 2.0**-14  # FP16's smallest normal number
+LIMIT = 0.9 * 65504
+
+
+def scaled(gain: list[float], weight: list[float], dtype: type = np.float16) -> onnx.ModelProto:
+    """t = LayerNorm(x) * gain + bias; y = t @ w, whose rows are `weight` throughout."""
+    kind = "float16" if dtype == np.float16 else "float"
+    count = len(gain)
+    return g.parsed(
+        f"""<ir_version: 10, opset_import: ["": 18]>
+        g ({kind}[n, {count}] x) => ({kind}[n, 8] y) {{
+            t = LayerNormalization <axis = -1> (x, gain, bias)   y = MatMul(t, w)
+        }}""",
+        nh.from_array(np.array(gain, dtype), "gain"),
+        nh.from_array(np.full(count, TINY, dtype), "bias"),
+        nh.from_array(np.repeat(np.array(weight, dtype)[:, None], 8, 1), "w"),
+    )
+
+
+def test_bounds_by_hand(tmp_path: Path) -> None:
+    """Channel 0: a gain of 1 and weights of 1. 1: a large gain. 2: tiny weights. 3: a zero."""
+    proto = scaled([1, 2.0**15, 1, 0], [1, 1, 2.0**-13, 1])
+    low, high = found(loaded(g.saved(proto, tmp_path / "in.onnx"))).bounds()
+    # Overflow of gain / s and of w * s; the largest of each must stay a normal number.
+    np.testing.assert_allclose(low, [TINY, 2.0**15 / LIMIT, 0.5, TINY], rtol=1e-12)
+    np.testing.assert_allclose(high, [1 / TINY, LIMIT, 2.0**14, LIMIT], rtol=1e-12)
+
+
+def test_fp32_has_no_bounds_but_those_of_what_it_becomes(tmp_path: Path) -> None:
+    proto = scaled([1, 1, 1, 1], [1, 1, 1, 1], np.float32)
+    fold = found(loaded(g.saved(proto, tmp_path / "in.onnx")))
+    low, high = fold.bounds()
+    assert (low == 0).all() and np.isinf(high).all()
+    low, high = fold.bounds("fp16")
+    np.testing.assert_allclose(low, TINY)
+    np.testing.assert_allclose(high, 1 / TINY)
+    low, high = fold.bounds("bf16")
+    assert (low < 2.0**-100).all() and (high > 2.0**100).all()
+
+
+def test_activations_bound_it_where_their_maxima_are_known(tmp_path: Path) -> None:
+    proto = scaled([1, 1, 1, 1], [1, 1, 1, 1])
+    fold = found(loaded(g.saved(proto, tmp_path / "in.onnx")))
+    low, high = fold.bounds(peaks={"t": np.array([LIMIT, LIMIT / 4, 1e-3, 0])})
+    np.testing.assert_allclose(low, [1, 0.25, TINY, TINY], rtol=1e-6)
+    np.testing.assert_allclose(high, [2.0**14, 2.0**14, 1e-3 / TINY, 2.0**14], rtol=1e-6)
+    low, high = fold.bounds(peaks={"t": LIMIT / 2})  # of the whole tensor: no channel's least
+    np.testing.assert_allclose(low, 0.5)
+    np.testing.assert_allclose(high, 2.0**14)
+
+
+@pytest.mark.parametrize("at", ["low", "high"])
+def test_beyond_is_refused_and_at_the_bound_is_exact(tmp_path: Path, at: str) -> None:
+    """Powers of two up to the bound: y stays to the bit, but for a bias that vanishes."""
+    proto = scaled([1, 2.0**14, 2.0**-10, 1], [1, 2.0**-4, 2.0**12, 4])
+    source = g.saved(proto, tmp_path / "in.onnx")
+    feed = g.feed_of(source)
+    model = loaded(source)
+    fold = found(model)
+    low, high = fold.bounds()
+    edge = low if at == "low" else high
+    nearest = np.exp2(np.ceil(np.log2(low)) if at == "low" else np.floor(np.log2(high)))
+    for channel in range(4):
+        s = np.ones(4)
+        s[channel] = edge[channel] * (0.99 if at == "low" else 1.01)
+        with pytest.raises(OnnxqError, match=f"channel {channel} cannot be rescaled by"):
+            fold.apply(Editor(model), s)
+    fold.apply(Editor(model), nearest)
+    out = save(model, tmp_path / "out.onnx")[0]
+    got, want = g.outputs_of(out, feed)[0], g.outputs_of(source, feed)[0]
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, rtol=2**-10)
+
+
+def test_a_weight_that_leaves_its_type_unnoticed_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folds may each be within their bounds when they are found, and beyond together."""
+    proto = g.parsed(
+        """<ir_version: 10, opset_import: ["": 18]>
+        g (float16[n, 32] x) => (float16[n, 32] y) { t = Mul(x, c)   y = MatMul(t, w) }""",
+        nh.from_array(np.full(32, 1, np.float16), "c"),
+        nh.from_array(np.full((32, 32), 8, np.float16), "w"),
+    )
+    model = Model.load(g.saved(proto, tmp_path / "in.onnx"))
+    fold = found(model)
+    monkeypatch.setattr(type(fold), "bounds", lambda self: (np.zeros(32), np.full(32, np.inf)))
+    fold.apply(Editor(model), np.full(32, 2.0**13))
+    with pytest.raises(OnnxqError, match="'w' leaves the range of its type"):
+        save(model, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
