@@ -46,6 +46,7 @@ def quantize(
     precision: Precision = "fp16",
     io: Literal["keep", "fp16"] = "keep",
     rules: Sequence[str] = (),
+    changes: Sequence[str] = (),
     calibrator: str | None = None,
     memory: int | None = None,
     device: Device = "auto",
@@ -65,6 +66,7 @@ def quantize(
         precision: what an FP32 model becomes where it is not quantized.
         io: `fp16` makes the floating-point inputs and outputs 16 bits wide too.
         rules: overrides such as `leave node=/fc1` (see `recipe.Rule`).
+        changes: other fields of the recipe, such as `block_size=32` (see `recipe.Recipe`).
         calibrator: replaces the recipe's.
         memory: bytes of watched activations held at a time.
         save_calib, load_calib: keep the calibration table; use saved ones instead of data.
@@ -83,7 +85,7 @@ def quantize(
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
     chosen, reason = choose_recipe(
-        recipe, target, rules, calibrator, has_ranges=data.given or bool(load_calib)
+        recipe, target, rules, calibrator, changes, has_ranges=data.given or bool(load_calib)
     )
     destination = _destination(source, output, chosen.name)
     _refuse_missing_data(chosen, data, load_calib)
@@ -144,6 +146,7 @@ def inspect(
     recipe: str | Recipe | None = None,
     target: str = DEFAULT_TARGET,
     rules: Sequence[str] = (),
+    changes: Sequence[str] = (),
 ) -> Inspected:
     """What a recipe would do with each site and why; of a model onnxq wrote, what was done."""
     from onnxq.graph.model import Model
@@ -153,7 +156,7 @@ def inspect(
         made = record.read(Model.load(source))
         if made is not None:
             return Inspected(Report(f"written by onnxq {made.get('version', '?')}", made))
-    chosen, reason = choose_recipe(recipe, target, rules)
+    chosen, reason = choose_recipe(recipe, target, rules, changes=changes)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
     _, placement = _placed(source, chosen, target, report)
     report.facts.update(
@@ -309,6 +312,7 @@ def choose_recipe(
     target: str,
     rules: Sequence[str] = (),
     calibrator: str | None = None,
+    changes: Sequence[str] = (),
     *,
     has_ranges: bool = False,
 ) -> tuple[Recipe, str]:
@@ -326,6 +330,7 @@ def choose_recipe(
         chosen, reason = load_recipe(name), f"there is data, and {gpu.name} multiplies {name}"
     else:
         chosen, reason = default_for(gpu)
+    chosen = chosen.with_changes(changes)
     if calibrator is not None:
         check_calibrator(calibrator)
         if not chosen.needs_ranges:

@@ -121,8 +121,15 @@ _REPORT = click.option(
 _RECIPE = click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="Preset (fp8, int8, fp8-attention, fp8-dynamic, "
-    "int8-dynamic) or a YAML file.  [default: fp8/int8 with data, else their dynamic forms]",
+    help="A preset (`onnxq recipes` lists them) or a YAML file.  "
+    "[default: fp8/int8 with data, else their dynamic forms]",
+)
+_CHANGES = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a field of the recipe, such as block_size=32 or activations=fp8.",
 )
 _RULES = click.option(
     "--rule",
@@ -160,6 +167,7 @@ _RULES = click.option(
 )
 @click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse or mse:2.")
 @_RULES
+@_CHANGES
 @click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
 @click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
 @click.option(
@@ -194,6 +202,7 @@ def quantize(
 @_RECIPE
 @_TARGET
 @_RULES
+@_CHANGES
 @_REPORT
 @click.pass_obj
 def inspect(progress: Any, /, model: Path, report: Path | None, **options: Any) -> None:
@@ -203,6 +212,15 @@ def inspect(progress: Any, /, model: Path, report: Path | None, **options: Any) 
 
     result = api.inspect(model, **options)
     _finish(progress, result, inspected_lines(result), report)
+
+
+@main.command()
+def recipes() -> None:
+    """List the presets."""
+    from onnxq.terminal import recipe_lines
+
+    for line in recipe_lines():
+        click.echo(line)
 
 
 @main.command()
@@ -255,6 +273,38 @@ def compare(
 
     result = api.compare(model, candidate, data=_data(options), progress=progress, **options)
     _finish(progress, result, compared_lines(result), report)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--gpu", required=True, metavar="NAME", help="Such as h100, l40s, rtx-5090.")
+@click.option(
+    "--workload",
+    type=click.Choice(["online", "offline"]),
+    required=True,
+    help="Online: a user waits for each answer.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="At a time.")
+@click.option(
+    "--accuracy-budget",
+    default="2%",
+    show_default=True,
+    metavar="SHARE",
+    help="Loss that is acceptable, such as 0.5%.",
+)
+@click.option(
+    "--seq-len", type=click.IntRange(1), default=2048, show_default=True, help="Of a request."
+)
+@click.option("--saturated", is_flag=True, help="The GPU's arithmetic is in full use already.")
+@_REPORT
+@click.pass_obj
+def recommend(progress: Any, /, accuracy_budget: str, report: Path | None, **options: Any) -> None:
+    """Name a recipe for a GPU and a use of MODEL, why, and the memory it needs."""
+    from onnxq import api
+    from onnxq.terminal import parse_share, recommended_lines
+
+    result = api.recommend(accuracy_budget=parse_share(accuracy_budget), **options)
+    _finish(progress, result, recommended_lines(result), report)
 
 
 @main.group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
@@ -131,6 +131,23 @@ class Recipe:
         content = _shallow(self)
         lists = {"ops": list(self.ops), "steps": list(self.steps)}
         return {**content, **lists, "rules": [r.as_dict() for r in self.rules]}
+
+    def with_changes(self, changes: Sequence[str]) -> Recipe:
+        """The same with some fields set, each as `field=value`, the value as YAML has it.
+
+        Raises:
+            OnnxqError: one is no such assignment, or there is no such field or value.
+        """
+        given = {}
+        for text in changes:
+            name, equals, value = text.partition("=")
+            if not equals or name in ("name", "rules"):
+                raise OnnxqError(
+                    f"cannot set {text!r} in recipe {self.name}",
+                    "write field=value, such as block_size=32 or steps=[search,gptq]",
+                )
+            given[name] = _yaml(value, f"{self.name}: {name}")
+        return from_dict({**self.as_dict(), **given}, self.name) if given else self
 
     def with_rules(self, rules: tuple[Rule, ...]) -> Recipe:
         """The same with more rules behind its own."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
-    from onnxq.results import Built, Compared, Inspected, Quantized
+    from onnxq.results import Built, Compared, Inspected, Quantized, Recommended
 
 _QUIET_FIRST = 2.0
 _EVERY = 0.2
@@ -85,6 +85,14 @@ def printable(line: str) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def parse_share(text: str) -> float:
+    """Read `0.5%` or `0.005`."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    if match is None:
+        raise OnnxqError(f"cannot read the share {text!r}", "write it as 0.5% or 0.005")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def megabytes(size: float) -> str:
     """`164 MB`, or `5.13 GB`."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
@@ -93,13 +101,36 @@ def megabytes(size: float) -> str:
 def quantized_lines(result: Quantized) -> list[str]:
     """What `quantize` did, but for the recipe, which was announced before."""
     facts = result.report.facts
-    lines = [*_site_lines(facts["sites"]), *_precision_lines(result)]
+    lines = [*_site_lines(facts["sites"]), *_step_lines(facts), *_precision_lines(result)]
     before, after = facts["bytes_before"], facts["bytes_after"]
     lines.append(
         f"wrote {facts['output']}: {megabytes(after)}, {after / before:.2f} x of "
         f"{megabytes(before)}, in {facts['seconds']:.1f} s"
     )
     return lines + _notes(result.report.notes)
+
+
+def recipe_lines() -> list[str]:
+    """The presets, whether they need data, and what they do."""
+    from onnxq.recipe import presets
+
+    width = max(map(len, presets()))
+    return [
+        f"{name:{width}}  {'data' if recipe.needs_data else '    '}  {recipe.description}"
+        for name, recipe in presets().items()
+    ]
+
+
+def _step_lines(facts: dict[str, Any]) -> list[str]:
+    """What the recipe's steps gained; of each weight the report says it."""
+    found = facts.get("rounding")
+    if not found or not found["layers"]:
+        return []
+    steps = ", ".join(found["steps"])
+    return [
+        f"  {steps}: {found['improved']} of {found['layers']} weights with less output error, "
+        f"{found['gain_db']:.1f} dB on average"
+    ]
 
 
 def inspected_lines(result: Inspected) -> list[str]:
@@ -112,6 +143,19 @@ def inspected_lines(result: Inspected) -> list[str]:
         *result.placement.lines(),
         *_site_lines(facts["sites"]),
         *_notes(result.report.notes),
+    ]
+
+
+def recommended_lines(result: Recommended) -> list[str]:
+    """The recipe, the answers to the questions that chose it, and the command to run."""
+    assert result.advice is not None
+    reasons = result.advice.reasons
+    width = max(len(question) for question, _ in reasons)
+    return [
+        f"recipe {result.advice.recipe} ({result.advice.scheme.name})",
+        *(f"  {question:{width}}  {answer}" for question, answer in reasons),
+        *_notes(result.report.notes),
+        result.report.facts["command"],
     ]
 
 

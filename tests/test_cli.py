@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+
+from onnxq.cli import main
+from onnxq.recipe import presets
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -233,3 +237,16 @@ def test_ctrl_c_leaves_the_old_file_and_no_temporary(folder: Path, models: Path)
     assert child.returncode == 130 and "Traceback" not in errors, errors
     assert target.read_bytes() == b"the old file"
     assert set(folder.iterdir()) == before
+
+
+def test_recipes_are_listed() -> None:
+    done = CliRunner().invoke(main, ["recipes"])
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.output.splitlines()] == list(presets())
+
+
+def test_a_field_of_the_recipe_is_set(folder: Path) -> None:
+    command = ["inspect", str(folder / "model.onnx"), "--recipe", "int4-rtn"]
+    done = CliRunner().invoke(main, [*command, "--set", "block_size=16"])
+    assert done.exit_code == 0
+    assert "in blocks of 16" in done.output

@@ -77,6 +77,7 @@ PRESETS = {
     "int8-weight-only": ("int8", 0, "none", False),
     "mxfp8": ("mxfp8", 32, "mxfp8", False),
     "nvfp4": ("nvfp4", 16, "nvfp4", False),
+    "uint4-rtn": ("uint4", 32, "none", False),
     "w4a8-rtn": ("int4", 64, "int8", True),
     "w4a8-rtn-dynamic": ("int4", 64, "int8", False),
 }
@@ -222,3 +223,29 @@ def test_unknown_recipes_and_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "code.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(OnnxqError, match="is not YAML"):
         r.load(str(tmp_path / "code.yaml"))
+
+
+def test_fields_are_set_by_name() -> None:
+    changed = r.load("int4-gptq").with_changes(
+        ["block_size=32", "activations=fp8", "steps=[awq, search]", "attention=false"]
+    )
+    assert (changed.block_size, changed.activations) == (32, "fp8")
+    assert changed.steps == ("awq", "search")
+    assert changed.name == "int4-gptq"
+    assert r.load("fp8").with_changes([]) is r.load("fp8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("block_size", "write field=value"),
+        ("name=x", "write field=value"),
+        ("blocksize=32", "unknown field 'blocksize'"),
+        ("block_size=many", "block_size is 'many'"),
+        ("block_size=48", "power of two"),
+        ("steps=[", "not YAML"),
+    ],
+)
+def test_what_cannot_be_set_is_refused(change: str, said: str) -> None:
+    with pytest.raises(OnnxqError, match=said):
+        r.load("int4-gptq").with_changes([change])
