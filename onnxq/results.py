@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.report import Report
 
 if TYPE_CHECKING:
+    from onnxq.advice import Advice
     from onnxq.engine.build import BuildResult
     from onnxq.engine.coverage import Coverage
     from onnxq.evaluate.comparison import Comparison
@@ -64,3 +65,10 @@ class Compared(Result):
     """Of `compare`."""
 
     comparison: Comparison | None = field(default=None, repr=False)
+
+
+@dataclass
+class Recommended(Result):
+    """Of `recommend`."""
+
+    advice: Advice | None = field(default=None, repr=False)
