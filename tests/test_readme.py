@@ -45,6 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval.txt": models / "wiki/wiki_eval.txt",
     }.items():
         (found / name).symlink_to(source.resolve(strict=True))
+    (found / "questions.csv").write_text(
+        "Which is a colour?,Seven,Green,Quickly,Under,B\n"
+        "What is 2 + 2?,Three,Five,Four,One,C\n"
+    )
     return found
 
 
