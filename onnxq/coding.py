@@ -121,6 +121,7 @@ def _stored(rounded: Rounded) -> CodedWeight:
         rounded.codes,
         rounded.scale,
         rounded.unit,
+        rounded.zero,
     )
 
 

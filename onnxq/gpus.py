@@ -20,20 +20,22 @@ class Target:
     capability: tuple[int, int]
     architecture: str
     ahead_of_time: bool
+    tensorrt: bool = True
 
     def runs(self, format_name: str) -> bool:
         """Whether a format (a row of `formats`) can be part of a product here.
 
-        Of 8 bits, NVFP4 and MXFP8 both operands are; INT4 is expanded inside the kernel.
+        Of 8 bits, NVFP4 and MXFP8 both operands are; INT4 is expanded inside the kernel. Zero
+        points are for ONNX Runtime alone.
         """
-        if format_name not in _NEEDED:
-            return False
-        return self.capability >= _NEEDED[format_name]
+        if not self.tensorrt:
+            return format_name in ("int8", "int4", "uint4")
+        return format_name in _NEEDED and self.capability >= _NEEDED[format_name]
 
     @property
     def fuses_weight_only(self) -> bool:
         """Whether a narrow weight and a wide activation are multiplied by one kernel."""
-        return self.capability >= (8, 0)
+        return not self.tensorrt or self.capability >= (8, 0)
 
 
 _NEEDED = {"int8": (7, 5), "int4": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
@@ -51,6 +53,7 @@ TARGETS = {
         Target("sm100", (10, 0), "Blackwell: B200", False),
         Target("sm120", (12, 0), "Blackwell: RTX 50, RTX PRO", True),
         Target("sm121", (12, 1), "Blackwell: GB10", True),
+        Target("onnxruntime", (0, 0), "ONNX Runtime, any device", False, tensorrt=False),
     )
 }
 

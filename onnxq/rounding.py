@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxq import numerics
 from onnxq.errors import OnnxqError
-from onnxq.formats import Granularity, QuantScheme
+from onnxq.formats import Granularity, PerTensor, QuantScheme
 from onnxq.graph.query import ConstantOperand
 from onnxq.sites import Site
 
@@ -29,12 +29,14 @@ class Rounded:
         codes: gives them, laid out as the node sees the weight.
         scale: gives the scales that are stored, shaped as the scheme says.
         unit: gives the scale of the tensor, of formats of two levels.
+        zero: gives the zero points, shaped like the scales, of asymmetric formats.
     """
 
     scheme: QuantScheme
     codes: Callable[[], Array]
     scale: Callable[[], Array]
     unit: Callable[[], Array] | None = None
+    zero: Callable[[], Array] | None = None
 
 
 Rounding = Callable[[Site, QuantScheme], Rounded]
@@ -52,9 +54,7 @@ class Nearest:
         key = (*_identity(site), scheme)
         if key not in self._known:
             peak = self._peaks.get((*_identity(site), scheme.granularity))
-            weight = _Weight(site, scheme, peak)
-            unit = weight.unit if scheme.format.two_level else None
-            self._known[key] = Rounded(scheme, weight.codes, weight.scale, unit)
+            self._known[key] = _rounded(site, scheme, peak)
         return self._known[key]
 
     def peaks(self, site: Site, granularity: Granularity) -> Array:
@@ -67,6 +67,38 @@ class Nearest:
         if key not in self._peaks:
             self._peaks[key] = finite_peaks(site, _operand(site).load(), granularity)
         return self._peaks[key]
+
+
+def _rounded(site: Site, scheme: QuantScheme, peak: Array | None) -> Rounded:
+    if not scheme.format.symmetric:
+        uneven = _Uneven(site, scheme)
+        return Rounded(scheme, uneven.codes, uneven.scale, zero=uneven.zero)
+    weight = _Weight(site, scheme, peak)
+    unit = weight.unit if scheme.format.two_level else None
+    return Rounded(scheme, weight.codes, weight.scale, unit)
+
+
+class _Uneven:
+    """Codes with zero points: what is between the least and the largest value of a block."""
+
+    def __init__(self, site: Site, scheme: QuantScheme) -> None:
+        self.site, self.scheme = site, scheme
+
+    def codes(self) -> Array:
+        values, scale, zero = self._found()
+        return numerics.quantize(values, scale, self.scheme, zero)
+
+    def scale(self) -> Array:
+        return self._found()[1]
+
+    def zero(self) -> Array:
+        return self._found()[2]
+
+    def _found(self) -> tuple[Array, Array, Array]:
+        values = _operand(self.site).load()
+        finite_peaks(self.site, values, PerTensor())
+        low, high = numerics.extremes(values, self.scheme.granularity)
+        return values, *numerics.scales_and_zeros(low, high, self.scheme)
 
 
 class _Weight:

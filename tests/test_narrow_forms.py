@@ -53,6 +53,18 @@ def int4(w: Any, size: int, dtype: Any) -> Any:
     return blocked(w, size, block)
 
 
+def uint4(w: Any, size: int, dtype: Any) -> Any:
+    """Codes 0 to 15 over what is between the least and the largest value, 0 among them."""
+
+    def block(rows: Any) -> Any:
+        low, high = np.minimum(rows.min(0), 0), np.maximum(rows.max(0), 0)
+        scale = ((high - low) / 15).astype(np.float32).astype(dtype).astype(np.float64)
+        zero = np.clip(np.rint(-low / scale), 0, 15)
+        return (np.clip(np.rint(rows / scale) + zero, 0, 15) - zero) * scale
+
+    return blocked(w, size, block)
+
+
 def per_channel(w: Any, fmt: str, dtype: Any) -> Any:
     scale = (np.abs(w).max(0) / QMAX[fmt]).astype(dtype).astype(np.float64)
     return rounded(w / scale, fmt) * scale
@@ -138,6 +150,7 @@ FP8_SIDE = (("activations", "fp8"),)
 CASES = {
     "int4": Case("int4-rtn", lambda w, d: int4(w, 32, d)),  # 64 does not divide 96
     "int4-16": Case("int4-rtn", lambda w, d: int4(w, 16, d), changes=(("block_size", 16),)),
+    "uint4": Case("uint4-rtn", lambda w, d: uint4(w, 32, d), target="onnxruntime"),
     "int8 weights": Case("int8-weight-only", lambda w, d: per_channel(w, "int8", d)),
     "fp8 weights": Case("fp8-weight-only", lambda w, d: per_channel(w, "fp8", d)),
     "w4a8 int8": Case("w4a8-rtn", lambda w, d: expanded(w, 32, "int8", d), tensors("int8"), True),
@@ -224,7 +237,7 @@ def test_linear_layers(name: str, form: str, dtype: Any) -> None:
     assert snr(plain, found) > {"int8": 25, "fp8 ": 25, "mxfp": 25}.get(name[:4], 12)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].target == "sm89"])
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].target != "sm120"])
 def test_onnxruntime_computes_the_same(name: str) -> None:
     case = CASES[name]
     net, _, _ = linear_net("gemm-alpha", FP16)
@@ -260,6 +273,15 @@ def test_int4_is_stored_in_half_a_byte_with_a_scale_a_block() -> None:
     peaks = np.abs(w.T.reshape(N, K // 32, 32)).max(-1)
     np.testing.assert_array_equal(scale, (peaks / 7).astype(np.float16))
     assert operators(proto) == ["DequantizeLinear", "Gemm"]
+
+
+def test_uint4_stores_a_zero_point_a_block() -> None:
+    net, _, _ = linear_net("gemm-alpha", FP16)
+    proto = emitted(net, CASES["uint4"], 1.0)
+    stored = types(proto)
+    assert stored["w_uint4 UINT4"] == (N, K)
+    assert stored["w_scale FLOAT16"] == stored["w_zero UINT4"] == (N, K // 32)
+    assert len(set(initializer(proto, "w_zero").astype(int).ravel())) > 3
 
 
 def test_w4a8_keeps_four_bits_and_one_power_of_two() -> None:

@@ -118,6 +118,9 @@ def test_what_is_done_is_said() -> None:
         ("w4a8-rtn-dynamic", "sm75", "has no int4"),
         ("nvfp4", "sm89", "has no nvfp4"),
         ("mxfp8", "sm89", "has no mxfp8"),
+        ("uint4-rtn", "sm120", "has no uint4"),
+        ("nvfp4", "onnxruntime", "has no nvfp4"),
+        ("fp8-weight-only", "onnxruntime", "has no fp8"),
     ],
 )
 def test_targets_without_the_format_are_refused(name: str, target: str, reason: str) -> None:
@@ -127,7 +130,13 @@ def test_targets_without_the_format_are_refused(name: str, target: str, reason: 
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("int4-rtn", "sm80"), ("w4a8-rtn-dynamic", "sm80"), ("int8-weight-only", "sm80")],
+    [
+        ("int4-rtn", "sm80"),
+        ("w4a8-rtn-dynamic", "sm80"),
+        ("int8-weight-only", "sm80"),
+        ("int4-rtn", "onnxruntime"),
+        ("uint4-rtn", "onnxruntime"),
+    ],
 )
 def test_targets_with_the_format_take_it(name: str, target: str) -> None:
     assert reasons(placed(linear(128, 32), name, gpu=target))["/fc"] == ""
@@ -158,3 +167,10 @@ def test_pairs_and_blocks_without_a_kernel_are_refused(
 def test_the_opset_a_recipe_needs() -> None:
     needed = {"fp8": 19, "int8-weight-only": 19, "int4-rtn": 21, "w4a8-rtn": 21, "nvfp4": 23}
     assert {name: recipe(name).min_opset for name in needed} == needed
+
+
+def test_nothing_is_built_for_onnxruntime() -> None:
+    from onnxq.engine.backends import BACKENDS, parse_targets
+
+    with pytest.raises(OnnxqError, match="nothing to build for onnxruntime"):
+        parse_targets("sm89,onnxruntime", BACKENDS["tensorrt_rtx"])

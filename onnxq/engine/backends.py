@@ -131,6 +131,11 @@ def parse_targets(text: str, backend: Backend) -> tuple[Target, ...]:
         return ()
     targets = tuple(dict.fromkeys(target(part.strip()) for part in text.split(",")))
     for entry in targets:
+        if not entry.tensorrt:
+            raise OnnxqError(
+                f"there is nothing to build for {entry.name}: it runs the model as it is",
+                "leave out the build, or name the GPU's target",
+            )
         if not entry.ahead_of_time:
             offered = ", ".join(name for name, row in TARGETS.items() if row.ahead_of_time)
             raise OnnxqError(

@@ -40,6 +40,7 @@ class CodedWeight:
         codes: gives the codes, laid out as the node sees the weight, when they are written.
         scale: those scales, or what gives them when they are written.
         unit: gives the scale of the tensor, for formats of two levels.
+        zero: gives the zero points, shaped like the scales, of asymmetric formats.
         behind: what the product is to be multiplied by, a number or one a channel.
         expanded: a format of 8 bits, and its scale, that the weight is quantized to once more
             before it is multiplied.
@@ -51,6 +52,7 @@ class CodedWeight:
     codes: Callable[[], Array]
     scale: Array | Callable[[], Array]
     unit: Callable[[], Array] | None = None
+    zero: Callable[[], Array] | None = None
     behind: Any = None
     expanded: tuple[QuantFormat, Any] | None = None
 
@@ -79,7 +81,7 @@ def dequantized(
     out = editor.node(
         "DequantizeLinear",
         f"{name}_DequantizeLinear",
-        [_codes(editor, operand, coded), scale],
+        [_codes(editor, operand, coded), scale, *_zeros(editor, operand, coded)],
         f"{name}_dequantized",
         graph_dtype(onnx_dtype(dtype_named(made))),
         shape,
@@ -119,6 +121,14 @@ def _codes(editor: Editor, operand: ConstantOperand, coded: CodedWeight) -> gs.C
     number = int(getattr(onnx.TensorProto, fmt.onnx_type))
     name = f"{operand.constant.name}_{fmt.name}"
     return editor.derived(name, number, operand.shape, coded.codes)
+
+
+def _zeros(editor: Editor, operand: ConstantOperand, coded: CodedWeight) -> list[gs.Constant]:
+    if coded.zero is None:
+        return []
+    number = int(getattr(onnx.TensorProto, coded.format.onnx_type))
+    shape = scale_shape(operand.shape, coded.granularity)
+    return [editor.derived(f"{operand.constant.name}_zero", number, shape, coded.zero)]
 
 
 def _scale(editor: Editor, operand: ConstantOperand, coded: CodedWeight) -> gs.Constant:
