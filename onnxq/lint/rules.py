@@ -1,0 +1,28 @@
+"""The table of rules, worst first within each theme."""
+
+from __future__ import annotations
+
+from onnxq.lint import (
+    additions,
+    attention,
+    elements,
+    formats,
+    operators,
+    portability,
+    products,
+    scales,
+)
+from onnxq.lint.finding import Rule
+
+RULES: tuple[Rule, ...] = (
+    *operators.RULES,
+    *elements.RULES,
+    *scales.RULES,
+    *products.RULES,
+    *formats.RULES,
+    *attention.RULES,
+    *additions.RULES,
+    *portability.RULES,
+)
+
+BY_ID = {rule.id: rule for rule in RULES}

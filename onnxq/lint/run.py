@@ -1,0 +1,83 @@
+"""Run the rules over a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from onnxq.errors import OnnxqError
+from onnxq.gpus import Target
+from onnxq.graph.model import Model
+from onnxq.graph.query import label
+from onnxq.graph.survey import body_models, survey
+from onnxq.lint.finding import Finding, Found, Rule, Severity
+from onnxq.lint.rules import BY_ID, RULES
+from onnxq.lint.subject import Subject
+
+_ORDER = {severity: index for index, severity in enumerate(Severity)}
+
+
+@dataclass(frozen=True)
+class Lint:
+    """What the rules found, worst first, and what they had to say besides."""
+
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def of(self, *severities: Severity) -> tuple[Finding, ...]:
+        """The findings of some severities."""
+        return tuple(f for f in self.findings if f.severity in severities)
+
+
+def lint(model: Model, target: Target, ignore: Collection[str] = ()) -> Lint:
+    """Look a model over; its weights are not read, its scales are.
+
+    The model's Constant nodes become initializers; nothing else of it changes.
+
+    Args:
+        ignore: ids of rules, or severities, to leave out.
+
+    Raises:
+        OnnxqError: `ignore` names what is neither a rule nor a severity.
+    """
+    _check_ignored(ignore)
+    model, notes = survey(model)
+    found = [*_findings(model, target, "", notes)]
+    kept = [f for f in found if f.rule not in ignore and f.severity.value not in ignore]
+    kept.sort(key=lambda f: _ORDER[f.severity])
+    return Lint(tuple(kept), tuple(dict.fromkeys(notes)))
+
+
+def _findings(model: Model, target: Target, where: str, notes: list[str]) -> Iterator[Finding]:
+    subject = Subject(model, target)
+    for rule in RULES:
+        for found in rule.check(subject):
+            yield _finding(rule, found, where)
+    notes += subject.notes
+    for node, body in body_models(model):
+        inner, said = survey(body)
+        notes += said
+        yield from _findings(inner, target, f" (in a body of {node})", notes)
+
+
+def _finding(rule: Rule, found: Found, where: str) -> Finding:
+    named = isinstance(found.node, str)
+    return Finding(
+        rule.id,
+        found.severity or rule.severity,
+        found.node if isinstance(found.node, str) else label(found.node),
+        "" if named else str(found.node.op),  # type: ignore[union-attr]
+        found.reason + where,
+        rule.cure,
+        rule.fixable and not where,
+    )
+
+
+def _check_ignored(ignore: Collection[str]) -> None:
+    known = {*BY_ID, *(s.value for s in Severity)}
+    for name in ignore:
+        if name not in known:
+            raise OnnxqError(
+                f"--ignore names {name!r}, which is no rule",
+                f"rules: {', '.join(BY_ID)}; severities: {', '.join(s.value for s in Severity)}",
+            )

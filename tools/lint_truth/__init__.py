@@ -1,0 +1,1 @@
+"""Lint against the compiler: `python -m tools.lint_truth --help`."""
