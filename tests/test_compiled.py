@@ -30,11 +30,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def _compile(
-    model: Path, folder: Path, recipe: str, shapes: list[str], calib: Data | Path | None
+    model: Path,
+    folder: Path,
+    recipe: str,
+    shapes: list[str],
+    calib: Data | Path | None,
+    target: str = "sm89",
 ) -> onnxq.api.Built:
     output = folder / "model.onnx"
-    onnxq.quantize(model, output, recipe=recipe, calib=None if "dynamic" in recipe else calib)
-    return onnxq.build(output, folder / "model.plan", shapes=shapes, strict=True)
+    calib = None if "dynamic" in recipe else calib
+    onnxq.quantize(model, output, recipe=recipe, calib=calib, target=target)
+    return onnxq.build(output, folder / "model.plan", shapes=shapes, strict=True, target=target)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8-dynamic", "int8-dynamic"])
@@ -48,6 +54,52 @@ def test_minilm(recipe: str, models: Path, folder: Path) -> None:
         "conv": {},
         "attention": {"fused fp16": 6},
     }
+
+
+NARROW = {
+    # target, what its linear layers run in, bytes a weight takes in the plan
+    "int4-rtn": ("sm89", "fp16 x int4", "int4", 0.5),
+    "int8-weight-only": ("sm89", "fp16 x int8", "int8", 1),
+    "fp8-weight-only": ("sm89", "fp16 x fp8", "fp8", 1),
+    "w4a8-rtn": ("sm89", "int8", "int4", 0.5),
+    "w4a8-rtn-dynamic": ("sm89", "int8", "int4", 0.5),
+    "nvfp4": ("sm120", "fp4", "fp4", 0.5),
+}
+
+
+@pytest.mark.parametrize("recipe", NARROW)
+def test_minilm_in_fewer_bits(recipe: str, models: Path, folder: Path) -> None:
+    target, ran, stored, each = NARROW[recipe]
+    source = models / "minilm/model.onnx"
+    calib = models / "minilm/calib.npz" if recipe == "w4a8-rtn" else None
+    built = _compile(source, folder, recipe, MINILM, calib, target)
+    assert built.passed
+    assert built.report.facts["products"]["gemm"] == {ran: 36}
+    # 6 layers of 4 x 384^2 + 2 x 384 x 1536
+    assert built.report.facts["weight_bytes"][stored] == each * 6 * 12 * 384**2
+
+
+@pytest.mark.parametrize("recipe", ["int4-rtn", "w4a8-rtn-dynamic", "nvfp4"])
+def test_smollm2_in_fewer_bits(recipe: str, models: Path, folder: Path) -> None:
+    """All 210 linear layers; 576 rows in blocks of 64."""
+    target, ran, stored, each = NARROW[recipe]
+    source = models / "smollm2-fp32/model.onnx"
+    shapes = [s.format(1) for s in SMOLLM2_SHAPES]
+    built = _compile(source, folder, recipe, shapes, None, target)
+    products = built.report.facts["products"]
+    assert built.passed
+    assert products["gemm"][ran] == 210 and products["attention"] == {"fused fp16": 30}
+    weights = 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert built.report.facts["weight_bytes"][stored] == each * weights
+
+
+def test_mxfp8_builds_and_says_what_it_runs_in(models: Path, folder: Path) -> None:
+    """No form of it fuses (tests/engine/test_forms_narrow.py): the day it does, this fails."""
+    source = models / "minilm/model.onnx"
+    built = _compile(source, folder, "mxfp8", MINILM, None, "sm120")
+    assert not built.passed and built.coverage is not None
+    assert built.report.facts["products"]["gemm"] == {"fp16": 36}
+    assert all("expanded to fp16" in entry.reason for entry in built.coverage.missed)
 
 
 def test_minilm_from_the_legacy_exporter(models: Path, folder: Path) -> None:
