@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from onnxq.recipe import presets
 from tools.bench.child import onnxq
 from tools.bench.models import CASES, Case
 from tools.bench.peers import FLOOR, OURS, PEERS
@@ -133,7 +134,7 @@ def _measure(case: Case, folder: Path) -> list[dict[str, Any]]:
     for recipe in case.recipes:
         print(f"{case.name} {recipe} ...", file=sys.stderr, flush=True)
         output, report = folder / "model.onnx", folder / "report.json"
-        data = case.calib if "dynamic" not in recipe else ()
+        data = case.calib if presets()[recipe].needs_data else ()
         usage = onnxq(
             "quantize", case.model, "-o", output, "--recipe", recipe, "--report", report, *data
         )
