@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def asked(tmp_path: Path) -> Path:
     model = parser.parse_model(CONSTANT)
     model.graph.initializer.append(numpy_helper.from_array(table, "t"))
     onnx.save(model, tmp_path / "m.onnx")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "tasks.csv").write_text("Which is it?,a,b,c,d,B\nAnd now?,a,b,c,d,D\n")
     return tmp_path
 
@@ -93,6 +95,7 @@ def test_choice_prints_and_saves(cli: Cli, asked: Path) -> None:
     ("words", "message"),
     [
         ("--tasks none.csv --tokenizer tokenizer.json", "cannot read the questions none.csv"),
+        ("--tasks pipe --tokenizer tokenizer.json", "the questions pipe: it is not a file"),
         ("--tasks tasks.csv --tokenizer none.json", "none.json does not exist"),
         ("--tasks m.onnx --tokenizer tokenizer.json", "cannot read the questions m.onnx"),
         ("--tasks tasks.csv --tokenizer tasks.csv", "cannot read the tokenizer tasks.csv"),

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxq.errors import OnnxqError
+from onnxq.files import refuse_unreadable
 
 LETTERS = "ABCD"
 _COLUMNS = 1 + len(LETTERS) + 1
+_FORM = "a UTF-8 CSV file without a header"
 _HEAD = "The following are multiple choice questions (with answers)"
 
 
@@ -84,14 +86,13 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         OnnxqError: it cannot be read, is empty, or has a row that is no question.
     """
+    refuse_unreadable(path, "the questions", _FORM)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
             found = [_question(row, path, reader.line_num) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise OnnxqError(
-            f"cannot read the questions {path}: {error}", "a UTF-8 CSV file without a header"
-        ) from error
+        raise OnnxqError(f"cannot read the questions {path}: {error}", _FORM) from error
     if not found:
         raise OnnxqError(f"{path} holds no question", "rows of: question, A, B, C, D, answer")
     return found

@@ -10,7 +10,6 @@ Nothing else of the graph changes; its FP16 stays FP16.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import OnnxqError
+from onnxq.files import scratch
 from onnxq.graph.constants import hoist_constants
 from onnxq.graph.dtypes import graph_dtype
 from onnxq.graph.edit import Editor
@@ -68,8 +68,8 @@ def runnable(
     notes = simulate(model)
     if not rounds_halves:
         notes += _quantize_in_fp32(model)
-    with tempfile.TemporaryDirectory(prefix="onnxq-simulated-") as folder:
-        written = save(model, Path(folder) / path.name, external=True, progress=progress)
+    with scratch() as folder:
+        written = save(model, folder / path.name, external=True, progress=progress)
         yield written[0], notes
 
 
