@@ -79,7 +79,8 @@ def test_models_that_do_not_generate_multiply(
 def test_sparsity_is_an_option_where_it_is_there() -> None:
     offline = ask("h100", "offline")
     assert any(note.startswith("fp8-sparse24 ") for note in offline.notes)
-    assert not any("sparse24" in note for note in ask("h100", "online").notes)
+    for use in ({"batch": 1}, {"batch": 64}):
+        assert not any("sparse24" in note for note in ask("h100", "online", **use).notes)
     without = advise(Use(gpu("h100"), "offline"), EVERY - {"fp8-sparse24"})
     assert not any("sparse" in note for note in without.notes)
 
@@ -147,6 +148,9 @@ def test_memory_and_gpus() -> None:
     assert "weights 71.00 GB (140.00 GB in 16 bits)" in said
     assert "cache 21.47 GB (16 x 4096 tokens), of 80 GB: 2 GPUs" in said
     assert notes == ("INT4 weights alone (int4-gptq) would take 1 instead of 2",)
+    # 137 GB in 8 bits are 72.8 GB in INT4 with its scales: two GPUs as well.
+    large = Footprint(coded=137_000_000_000, plain=0, full=0, cache=0)
+    assert headroom(use, advise(use, EVERY), large)[1] == ()
     online = Use(gpu("h100"), "online", sequence=4096)
     said, notes = headroom(online, advise(online, EVERY), size)
     taken = 71e9 + per_token * 4096

@@ -80,6 +80,13 @@ def test_a_weight_that_something_else_reads_stays_too(tied: Path) -> None:
     assert measured(tied, "int8-dynamic").plain == REST + 2 * LAYERS
 
 
+def test_a_weight_that_is_an_output_stays_too(tied: Path) -> None:
+    model = onnx.load(tied)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("up", 1, [64, 128]))
+    onnx.save(model, tied)
+    assert measured(tied, "int8-dynamic").plain == REST + 2 * LAYERS
+
+
 # Constants beside the weights, and norms that stay FP32, are not counted: 3 %.
 @pytest.mark.parametrize("name", ["minilm", "smollm2-fp32"])
 @pytest.mark.parametrize("recipe", ["fp8-dynamic", "int4-rtn", "nvfp4"])
@@ -113,11 +120,15 @@ def test_kinds_of_models(models: Path, tied: Path) -> None:
     assert measured(tied, "int8-dynamic").cache is None  # logits, but no attention that it knows
 
 
+# q, k and v of one product; rotated by angles that are a product too; a shape read off another one.
 FUSED = """<ir_version: 10, opset_import: ["": 21]>
-g (int64[B,S] input_ids) => (float[B,S,96] logits) {
+g (int64[B,S] input_ids, float[B,S,1] positions) => (float[B,S,96] logits) {
     x = Gather(embedding, input_ids)   qkv = MatMul(x, w)
     q, k, v = Split<axis = 2>(qkv, sizes)
-    q4 = Reshape(q, heads)   k4 = Reshape(k, kv_heads)   v4 = Reshape(v, kv_heads)
+    angles = MatMul(positions, frequencies)   turn = Cos(angles)   turned = Mul(k, turn)
+    other = MatMul(x, aside)   extent = Shape<start = 0, end = 2>(other)
+    kv_heads = Concat<axis = 0>(extent, rest)
+    q4 = Reshape(q, heads)   k4 = Reshape(turned, kv_heads)   v4 = Reshape(v, kv_heads)
     qt = Transpose<perm = [0, 2, 1, 3]>(q4)   kt = Transpose<perm = [0, 2, 3, 1]>(k4)
     vt = Transpose<perm = [0, 2, 1, 3]>(v4)
     scores = MatMul(qt, kt)   p = Softmax<axis = -1>(scores)   o = MatMul(p, vt)
@@ -126,21 +137,47 @@ g (int64[B,S] input_ids) => (float[B,S,96] logits) {
 }"""
 
 
-def test_the_cache_behind_one_product_of_q_k_and_v(tmp_path: Path) -> None:
-    model = parser.parse_model(FUSED)
-    ones = {"embedding": (96, 64), "w": (64, 64 + 32 + 32), "out": (64, 96)}
-    for name, shape in ones.items():
+def fused(path: Path, text: str) -> Model:
+    model = parser.parse_model(text)
+    shapes = {
+        "embedding": (96, 64),
+        "w": (64, 64 + 32 + 32),
+        "frequencies": (1, 32),
+        "aside": (64, 48),
+        "more": (64, 32),
+        "out": (64, 96),
+    }
+    for name, shape in shapes.items():
         model.graph.initializer.append(nh.from_array(np.ones(shape, np.float32), name))
     for name, values in {
         "sizes": [64, 32, 32],
         "heads": [0, 0, 2, 32],
-        "kv_heads": [0, 0, 1, 32],
+        "rest": [1, 32],
         "flat": [0, 0, 64],
     }.items():
         model.graph.initializer.append(nh.from_array(np.array(values, np.int64), name))
-    onnx.save(model, tmp_path / "m.onnx")
-    loaded, _ = prepare(Model.load(tmp_path / "m.onnx"), 0)
-    assert cache_values(loaded) == 32 + 32
+    onnx.save(model, path)
+    return prepare(Model.load(path), 0)[0]
+
+
+def test_the_cache_behind_one_product_of_q_k_and_v(tmp_path: Path) -> None:
+    assert cache_values(fused(tmp_path / "m.onnx", FUSED)) == 32 + 32
+
+
+def test_keys_of_several_layers_are_not_guessed_at(tmp_path: Path) -> None:
+    """Added up from two layers, they could be cached in more than one way."""
+    text = FUSED.replace("Reshape(turned,", "Reshape(both,").replace(
+        "other = ", "second = MatMul(x, more)   both = Add(turned, second)   other = "
+    )
+    assert cache_values(fused(tmp_path / "m.onnx", text)) is None
+
+
+def test_a_model_of_two_sequences_does_not_generate(tied: Path) -> None:
+    """Masked language models give logits too."""
+    model = onnx.load(tied)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("token_type_ids", 7, ["B", "S"]))
+    onnx.save(model, tied)
+    assert not generates(Model.load(tied))
 
 
 def test_recommend_on_a_model(models: Path) -> None:

@@ -12,7 +12,6 @@ from onnxq.graph.query import constant_operand, type_word
 
 _PAST, _PRESENT = "past", "present"
 _LEAST_WIDTH = 16
-_LAYOUT = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Identity", "Cast", "Tile")
 
 
 def generates(model: Model) -> bool:
@@ -73,6 +72,6 @@ def _projected(tensor: gs.Tensor) -> int | None:
             else:  # halves of heads, for a rotary embedding
                 waiting.append(node.inputs[0])
         else:
-            read = node.inputs[:1] if node.op in _LAYOUT else node.inputs
-            waiting += [t for t in read if type_word(t) in ("fp32", "fp16", "bf16")]
+            # Only what holds numbers: a Reshape's shape comes from elsewhere.
+            waiting += [t for t in node.inputs if type_word(t) in ("fp32", "fp16", "bf16")]
     return next(iter(widths.values())) if len(widths) == 1 else None
