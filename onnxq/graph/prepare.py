@@ -80,6 +80,9 @@ def inline_functions(model: Model) -> tuple[Model, list[Edit]]:
 def raise_opset(model: Model, opset: int) -> tuple[Model, list[Edit]]:
     """Raise the standard opset; nodes whose operator did not change stay byte for byte.
 
+    Returns:
+        A new model; the same one where no node had to be rewritten, to have one in memory.
+
     Raises:
         OnnxqError: an operator that cannot be raised; the message names the node.
     """
@@ -87,8 +90,13 @@ def raise_opset(model: Model, opset: int) -> tuple[Model, list[Edit]]:
     with located(model.path):
         require_versions(proto, opset)
         changed = convert(proto, _inferred(model), old, opset)
+    if changed:
+        model = _successor(model, proto)
+    else:
+        model.header.ClearField("opset_import")
+        model.header.opset_import.extend(proto.opset_import)
     what = f"{changed} nodes rewritten" if changed != 1 else "1 node rewritten"
-    return _successor(model, proto), [Edit("load", "raise opset", f"{old} -> {opset}", what)]
+    return model, [Edit("load", "raise opset", f"{old} -> {opset}", what)]
 
 
 def _modernise(model: Model) -> list[Edit]:

@@ -210,6 +210,19 @@ def test_what_cannot_be_raised_is_named(name: str, tmp_path: Path) -> None:
     assert f"({name.split()[0]})" in text and words in text and "opset 21 or later" in text
 
 
+def test_where_nothing_is_rewritten_the_model_is_not_made_anew(tmp_path: Path) -> None:
+    """Two of them in memory were the peak of quantizing a large model."""
+    text = """<ir_version: 9, opset_import: ["": 19, "my.domain": 1]>
+    g (float[2,3] x) => (y) { a = Relu(x)  b = my.domain.Own(a)  y = MatMul(b, a) }"""
+    model = Model.load(g.saved(g.parsed(text), tmp_path / "old.onnx"))
+    before = [n.SerializeToString() for n in model.export().graph.node]
+    raised, edits = raise_opset(model, 21)
+    assert raised is model and raised.opset == 21 and edits[0].reason == "0 nodes rewritten"
+    proto = raised.export()
+    assert [n.SerializeToString() for n in proto.graph.node] == before
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 21, "my.domain": 1}
+
+
 def test_only_the_rewritten_nodes_change(tmp_path: Path) -> None:
     """Custom operators, plugins in the standard domain and all metadata: byte for byte."""
     model = hostile.old_operators()
