@@ -125,19 +125,19 @@ class Fold:
     def apply(self, editor: Editor, s: NDArray[np.floating]) -> Edit:
         """Divide what comes before by s, and multiply the readers' weights by it.
 
-        Constants that others read too are copied; weights are computed when they are read or
-        written.
+        What takes s is looked up anew: other folds may have come between. Constants that others
+        read too are copied; weights are computed when they are read or written.
 
         Raises:
-            OnnxqError: s does not fit, a 16-bit constant cannot hold the result, or the graph is
-                not what it was: a weight has been quantized since. Nothing is changed then.
+            OnnxqError: s does not fit, a 16-bit constant cannot hold the result, or nothing can
+                take s any more: a weight has been quantized since. Nothing is changed then.
         """
-        s = self._checked(s)
-        again = find_fold(editor.model, self.tensor, self.readers, explicit=self.explicit)
-        if isinstance(again, str):
-            raise _stale(self, again)
-        if not self._is_as(again):
-            raise _stale(self, "what makes it has changed")
+        now = find_fold(editor.model, self.tensor, self.readers, explicit=self.explicit)
+        if isinstance(now, str):
+            raise _stale(self, now)
+        return now._apply(editor, now._checked(s))
+
+    def _apply(self, editor: Editor, s: Factors) -> Edit:
         low, high = self.bounds()
         if ((s < low) | (s > high)).any():
             at = int(np.argmax((s < low) | (s > high)))
@@ -173,21 +173,6 @@ class Fold:
                 "take Fold.shared(s)",
             )
         return values
-
-    def _is_as(self, other: Fold) -> bool:
-        """Whether the same constants take the same factors."""
-        pairs = zip((*self.parts, *self.weights), (*other.parts, *other.weights), strict=False)
-        same = all(
-            a.node is b.node
-            and (a.input, a.multiply) == (b.input, b.multiply)
-            and np.array_equal(a.index, b.index)
-            for a, b in pairs
-        )
-        lengths = (len(self.parts), len(self.weights)) == (len(other.parts), len(other.weights))
-        ties = (self.tie is None) == (other.tie is None) and np.array_equal(
-            0 if self.tie is None else self.tie, 0 if other.tie is None else other.tie
-        )
-        return same and lengths and ties and self.explicit == other.explicit
 
     def _put_mul(self, editor: Editor, s: Factors) -> Factors:
         """Put a Mul before the readers; s as its constant, rounded, really divides."""

@@ -257,7 +257,7 @@ _pattern(
     "GEGLU, both halves of one layer",
     f"""g {_X} {{
         a = MatMul(x, wu)   b = Add(a, bias)
-        up, gate = Split <axis = -1, num_outputs = 2> (b)   s = Tanh(gate)
+        gate, up = Split <axis = -1, num_outputs = 2> (b)   s = Tanh(gate)
         t = Mul(up, s)   y = MatMul(t, w)
     }}""",
     {"wu": (32, 80), "bias": (80,), "w": (40, 48)},

@@ -145,7 +145,7 @@ def test_it_says_which_tensors_change(tmp_path: Path) -> None:
     half = found(loaded(g.saved(f.FOLDS["GEGLU, both halves of one layer"](), tmp_path / "b.onnx")))
     names = {t.name: index for t, index in half.scaled}
     assert list(names) == ["t", "up", "b", "a"]
-    np.testing.assert_array_equal(names["a"], [*range(40), *[-1] * 40])
+    np.testing.assert_array_equal(names["a"], [*[-1] * 40, *range(40)])
 
 
 @pytest.mark.parametrize("powers", [True, False])
@@ -211,6 +211,14 @@ STOPS = {
         "a = Abs(x)   b = ReduceMax <keepdims = 1> (a, last)   t = Div(b, x)",
         "'b' has 1 values where 32 are rescaled",
     ),
+    "a constant of other axes": (
+        "a = MatMul(x, w0)   t = Add(a, rows)",
+        "'rows' has other axes than the channels",
+    ),
+    "a channel taken twice": (
+        "a = MatMul(x, w0)   t = Gather <axis = 2> (a, twice)",
+        "Gather 'Gather:t' takes a channel twice",
+    ),
     "tokens mixed": (
         "a = MatMul(x, w0)   b = Tanh(past)   c = Transpose <perm = [0, 2, 1]> (a)   "
         "t = MatMul(c, b)",
@@ -236,6 +244,8 @@ def stopped(body: str, folder: Path) -> Path:
         nh.from_array(np.float32(0), "zero"),
         nh.from_array(np.float32(6), "six"),
         nh.from_array(np.array([-1], np.int64), "last"),
+        nh.from_array(np.arange(32) // 2, "twice"),
+        g.weight("rows", 8, 1),
         nh.from_array(np.array([0, -1, 32], np.int64), "mixed"),
     )
     return g.saved(proto, folder / "in.onnx")
@@ -267,6 +277,33 @@ def test_groups_have_gains_before_opset_21(tmp_path: Path) -> None:
     read = tensor(model)
     reason = find_fold(model, read, layers(read))
     assert isinstance(reason, str) and "has a gain a group, not a channel" in reason
+
+
+def test_transposed_convolutions_in_groups(tmp_path: Path) -> None:
+    proto = g.parsed(
+        """<ir_version: 8, opset_import: ["": 18]>
+        g (float[n, 8, 4, 4] x) => (float[n, 16, a, b] y) {
+            t = ConvTranspose <group = 2> (x, w1)   y = Conv (t, w)
+        }""",
+        *(g.weight("w1", 8, 16, 2, 2), g.weight("w", 16, 32, 3, 3)),
+    )
+    model = loaded(g.saved(proto, tmp_path / "in.onnx"))
+    read = tensor(model)
+    assert find_fold(model, read, layers(read)) == "ConvTranspose 'ConvTranspose:t' has groups"
+
+
+def test_readers_of_different_axes(tmp_path: Path) -> None:
+    """8 channels for the Conv, 8 columns for the MatMul: not the same 8."""
+    proto = g.parsed(
+        """<ir_version: 8, opset_import: ["": 18]>
+        g (float[n, 8, 4, 8] x) => (float[n, 8, 4, 8] y) {
+            t = Mul(x, c)   a = Conv(t, w)   b = MatMul(t, v)   y = Add(a, b)
+        }""",
+        *(g.weight("c", 8, 1, 8), g.weight("w", 8, 8, 1, 1), g.weight("v", 8, 8)),
+    )
+    model = loaded(g.saved(proto, tmp_path / "in.onnx"))
+    read = tensor(model)
+    assert "do not agree on its channels" in str(find_fold(model, read, layers(read)))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fold_patterns as f
 import graph_models as g
 import numpy as np
 import onnx
@@ -65,6 +66,40 @@ def test_activations_bound_it_where_their_maxima_are_known(tmp_path: Path) -> No
     low, high = fold.bounds(peaks={"t": LIMIT / 2})  # of the whole tensor: no channel's least
     np.testing.assert_allclose(low, 0.5)
     np.testing.assert_allclose(high, 2.0**14)
+
+
+def test_a_factor_of_1_is_always_within(tmp_path: Path) -> None:
+    """Whatever the weights are now: at FP16's limit, or subnormal."""
+    proto = scaled([65504, 2.0**-20, 1, 1], [1, 1, 65504, 2.0**-20])
+    low, high = found(loaded(g.saved(proto, tmp_path / "in.onnx"))).bounds()
+    np.testing.assert_allclose(low, [1, TINY, 1 / LIMIT, 1])
+    np.testing.assert_allclose(high, [LIMIT, 1, 1, 2.0**14])
+
+
+def test_a_bias_may_vanish(tmp_path: Path) -> None:
+    """It is added to what does not; it may not overflow."""
+    proto = g.parsed(
+        """<ir_version: 10, opset_import: ["": 18]>
+        g (float16[n, 4] x) => (float16[n, 4] y) {
+            a = MatMul(x, v)   t = Add(a, b)   y = MatMul(t, w)
+        }""",
+        nh.from_array(np.ones((4, 4), np.float16), "v"),
+        nh.from_array(np.array([TINY, 2.0**15, 0, 1], np.float16), "b"),
+        nh.from_array(np.ones((4, 4), np.float16), "w"),
+    )
+    low, high = found(loaded(g.saved(proto, tmp_path / "in.onnx"))).bounds()
+    np.testing.assert_allclose(low, [TINY, 2.0**15 / LIMIT, TINY, TINY])
+    np.testing.assert_allclose(high, 2.0**14)
+
+
+def test_heads_that_share_factors_share_bounds(tmp_path: Path) -> None:
+    name = "values of attention, 2 heads of 4, Expand"
+    fold = found(loaded(g.saved(f.FOLDS[name](), tmp_path / "in.onnx")))
+    assert fold.tie is not None
+    peaks = np.linspace(1e3, 5e4, 32)
+    low, _ = fold.bounds("fp16", {"t": peaks})
+    strictest = peaks.reshape(2, 2, 8).max(1, keepdims=True) / LIMIT
+    np.testing.assert_allclose(low, np.broadcast_to(strictest, (2, 2, 8)).reshape(-1))
 
 
 @pytest.mark.parametrize("at", ["low", "high"])

@@ -17,6 +17,7 @@ from test_fold import found, layers, loaded, tensor
 from onnxq.calibrate.probe import measure_ranges
 from onnxq.errors import OnnxqError
 from onnxq.gpus import target
+from onnxq.graph import rescale
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import find_fold
 from onnxq.graph.model import Model
@@ -339,13 +340,71 @@ def test_factors_that_are_none(tmp_path: Path, s: np.ndarray, message: str) -> N
 
 
 def test_what_makes_it_changed_in_between(tmp_path: Path) -> None:
-    model = loaded(g.saved(chain(), tmp_path / "in.onnx"))
-    fold = found(model)
-    add = node(model, "b")
-    editor = Editor(model)
-    add.inputs[1] = editor.node("Tanh", "late", [add.inputs[1]], "late", add.inputs[1].dtype)
-    with pytest.raises(OnnxqError, match="can no longer be rescaled"):
+    """What takes the factor now is asked again: here a constant nearer by, and then nothing."""
+    source = g.saved(chain(), tmp_path / "in.onnx")
+    feed = g.feed_of(source)
+    model = loaded(source)
+    fold, editor, relu = found(model), Editor(model), node(model, "t")
+    b = relu.inputs[0]
+    relu.inputs[0] = editor.node(
+        "Mul", "late", [b, editor.constant("two", np.float32([2]))], "late", b.dtype, b.shape
+    )
+    edit = fold.apply(editor, np.exp2(np.arange(40) % 5 - 2))
+    assert edit.reason.startswith("into two of Mul")
+    editor.finish()
+    out = save(model, tmp_path / "out.onnx")[0]
+    got, want = g.outputs_of(out, feed)[0], g.outputs_of(source, feed)[0]
+    np.testing.assert_array_equal(got, 2 * want)  # no bias behind the Relu
+    relu.inputs[0] = editor.node("Tanh", "tanh", [b], "tanh", b.dtype, b.shape)
+    with pytest.raises(OnnxqError, match="can no longer be rescaled: Tanh"):
         fold.apply(editor, np.full(40, 2.0))
+
+
+def test_a_fold_behind_the_base_precision_starts_from_fp32(tmp_path: Path) -> None:
+    """Quantization reads weights as the file has them, times s; not as FP16 rounded them."""
+    model = loaded(g.saved(chain(), tmp_path / "in.onnx"))
+    exact = constant_operand(node(model, "m"), 1)
+    assert exact is not None
+    values = exact.load().astype(np.float64)
+    apply_precision(model, plan_precision(model, BASES["fp16"]))
+    s = np.random.default_rng(6).lognormal(0, 1, 40)
+    found(model).apply(Editor(model), s)
+    now = constant_operand(node(model, "m"), 1)
+    assert now is not None
+    np.testing.assert_allclose(now.load(), values * s[:, None], rtol=2**-23)
+    assert array(now.constant).dtype == np.float16
+
+
+def test_weights_are_multiplied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescale, "_PIECE", 100)  # two rows of 40 at a time
+    source = g.saved(chain(), tmp_path / "in.onnx")
+    model = loaded(source)
+    for name in ("a", "t"):
+        fold = found(model, name)
+        fold.apply(Editor(model), np.exp2(np.arange(fold.size) % 5 - 2))
+    old, new = weights_of(source), weights_of(save(model, tmp_path / "out.onnx")[0])
+    rows, columns = (np.exp2(np.arange(n) % 5 - 2) for n in (32, 40))
+    np.testing.assert_array_equal(new["w1"], old["w1"] * rows[:, None] / columns)
+    np.testing.assert_array_equal(new["w2"], old["w2"] * columns[:, None])
+
+
+def test_an_explicit_mul_divides_by_what_its_constant_holds(tmp_path: Path) -> None:
+    """1 / s is rounded to FP16; the weights are multiplied by what it then stands for."""
+    source = g.saved(chain(np.float16), tmp_path / "in.onnx")
+    model = loaded(source)
+    read = tensor(model)
+    read.inputs[0].op = "Tanh"
+    s = np.random.default_rng(7).lognormal(0, 1, 40)
+    fold = found(model, explicit=True)
+    assert fold.explicit
+    fold.apply(Editor(model), s)
+    factor = constant_operand(node(model, "t_smoothed"), 1)
+    weight = constant_operand(node(model, "m"), 1)
+    assert factor is not None and weight is not None
+    inverse = factor.load().astype(np.float64)
+    assert factor.load().dtype == np.float16 and 0 < np.abs(inverse * s - 1).max() < 2**-11
+    old = weights_of(source)["w2"].astype(np.float64)
+    np.testing.assert_allclose(weight.load(), old / inverse[:, None], rtol=2**-23)
 
 
 def test_a_site_found_before_is_refused_until_it_is_looked_up_anew(tmp_path: Path) -> None:
