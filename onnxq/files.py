@@ -101,7 +101,8 @@ def left_behind(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
 def scratch() -> Iterator[Path]:
     """A folder for what is needed meanwhile, in the system's folder for such; removed at the end.
 
-    What killed runs of the same user left there goes first.
+    What killed runs of the same user left there goes first. That another is alive is told by a lock
+    on the folder around it: outputs can be written into this one, which takes a lock of its own.
 
     Raises:
         OnnxqError: there is no such folder, or it is full.
@@ -110,7 +111,8 @@ def scratch() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             _remove_stale_folders(Path(tempfile.gettempdir()))
-            folder = _create_folder(stack)
+            folder = _create_folder(stack) / "files"
+            folder.mkdir()
         except OSError as error:
             raise OnnxqError(f"no room for temporary files: {error}", hint) from error
         try:
@@ -118,7 +120,7 @@ def scratch() -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            message = f"no room for temporary files in {folder.parent}: {error.strerror}"
+            message = f"no room for temporary files in {folder.parent.parent}: {error.strerror}"
             raise OnnxqError(message, hint) from error
 
 

@@ -143,9 +143,26 @@ def test_a_scratch_folder_goes_at_the_end_however_that_comes(system_folder: Path
     with pytest.raises(KeyboardInterrupt), scratch() as folder:
         (folder / "a").mkdir()
         (folder / "a/b").write_text("x")
-        assert folder.parent == system_folder
+        assert folder.parent.parent == system_folder
         raise KeyboardInterrupt
     assert list(system_folder.iterdir()) == []
+
+
+def test_outputs_can_be_written_into_a_scratch_folder(system_folder: Path) -> None:
+    """They lock the folder they are in: a lock held by scratch() on the same would never end."""
+
+    def write() -> None:
+        with scratch() as folder:
+            with replacing(folder / "out") as (file,):
+                file.write_text("x")
+            assert (folder / "out").read_text() == "x"
+        done.append(True)
+
+    done: list[bool] = []
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done
 
 
 SCRATCH = """
