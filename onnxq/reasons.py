@@ -51,9 +51,9 @@ def _odd_operands(site: Site, context: Context) -> str:
         return f"its weight has {len(operand.shape)} dimensions, not 2"
     if site.kind == "conv" and len(operand.shape) < 3:
         return f"its weight has {len(operand.shape)} dimensions, not 3 or more"
-    group = int(node.attrs.get("group", 1))
-    if site.kind == "conv" and (group < 1 or operand.shape[0] % group):
-        return f"{operand.shape[0]} channels make no {group} groups"
+    groups = int(node.attrs.get("group", 1)) if site.kind == "conv" else 1
+    if groups < 1 or operand.shape[0] % groups:
+        return f"{operand.shape[0]} channels make no {groups} groups"
     if node.attrs.get("transA", 0):
         return "Gemm with transA"
     if len(node.inputs) > 2 and node.op == "Gemm" and node.attrs.get("beta", 1.0) != 1.0:

@@ -21,7 +21,7 @@ from onnxq.graph.dtypes import is_known, is_packed, payload_bytes
 from onnxq.graph.names import bodies, captured, made, nested_nodes, tensors_of
 from onnxq.graph.operators import check_operators
 
-MAX_NODES = 500_000
+MAX_NODES = 200_000
 """Also after functions are unfolded: those that call functions can make a small file endless."""
 
 MAX_CALL_DEPTH = 100
@@ -82,6 +82,11 @@ def check_proto(proto: onnx.ModelProto) -> None:
     Raises:
         OnnxqError: what is wrong and where; without the path, which the caller knows.
     """
+    for part in ("node", "initializer", "sparse_initializer", "input", "output"):
+        if len(getattr(proto.graph, part)) > MAX_NODES:
+            raise OnnxqError(
+                f"it has more than {MAX_NODES:,} {part}s", "split it into smaller ones"
+            )
     check_text(proto)
     for sparse in proto.graph.sparse_initializer:
         check_sparse(sparse)

@@ -11,7 +11,9 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq.graph.dtypes import onnx_dtype, onnx_number
+from onnxq.graph.names import graphs_of
 from onnxq.graph.weights import SparseValues
+from onnxq.graph.wire import STRIP_THRESHOLD
 
 if TYPE_CHECKING:
     from onnxq.graph.model import Model
@@ -21,7 +23,8 @@ def export(model: Model, *, bare: bool = False) -> onnx.ModelProto:
     """The model as a ModelProto; weights that lie outside stay EXTERNAL placeholders.
 
     Args:
-        bare: leave out the metadata and doc strings of nodes, most of the bytes of a torch export.
+        bare: for the inference of types only: without metadata and doc strings of nodes, most of
+            the bytes of a torch export, and without large weights in bodies.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.header)
@@ -34,7 +37,21 @@ def export(model: Model, *, bare: bool = False) -> onnx.ModelProto:
         else:
             proto.graph.initializer.add().CopyFrom(_constant_proto(constant))
     _export_values(model, proto.graph, {c.name for c in live})
+    if bare:
+        open_negative(proto.graph)
     return proto
+
+
+def open_negative(graph: onnx.GraphProto) -> None:
+    """Leave dimensions open that are said to be negative; some exporters mean that by -1.
+
+    onnx's shape inference takes them for sizes, and ends the process (Slice, onnx 1.23).
+    """
+    for part in graphs_of(graph):
+        for value in (*part.input, *part.output, *part.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.HasField("dim_value") and dim.dim_value < 0:
+                    dim.ClearField("dim_value")
 
 
 def live_constants(model: Model) -> Iterator[gs.Constant]:
@@ -72,8 +89,7 @@ def _export_node(model: Model, node: gs.Node, out: onnx.NodeProto, bare: bool) -
             out.metadata_props.extend(model.added[id(node)][1].metadata_props)
     else:
         if bare:
-            out.domain, out.overload = origin.domain, origin.overload
-            out.attribute.extend(origin.attribute)
+            _copy_bare(origin, out)
         else:
             out.CopyFrom(origin)
         for name in sorted(model.edited.get(id(node), ())):
@@ -86,6 +102,43 @@ def _export_node(model: Model, node: gs.Node, out: onnx.NodeProto, bare: bool) -
             getattr(out, field).extend(names)
     if out.name != node.name:
         out.name = node.name
+
+
+def _copy_bare(node: onnx.NodeProto, out: onnx.NodeProto) -> None:
+    """The node without its names, metadata and doc string, and bodies without large weights."""
+    out.domain, out.overload = node.domain, node.overload
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH and attribute.HasField("g"):
+            added = out.attribute.add(name=attribute.name, type=attribute.type)
+            _copy_bare_graph(attribute.g, added.g)
+        else:
+            out.attribute.add().CopyFrom(attribute)
+
+
+def _copy_bare_graph(graph: onnx.GraphProto, out: onnx.GraphProto) -> None:
+    for field, value in graph.ListFields():
+        if field.name == "node":
+            for node in graph.node:
+                added = out.node.add(op_type=node.op_type, name=node.name)
+                added.input.extend(node.input)
+                added.output.extend(node.output)
+                _copy_bare(node, added)
+        elif field.name == "initializer":
+            for tensor in graph.initializer:
+                _copy_bare_tensor(tensor, out.initializer.add())
+        elif field.message_type is None:
+            setattr(out, field.name, value)
+        else:
+            getattr(out, field.name).extend(value)
+
+
+def _copy_bare_tensor(tensor: onnx.TensorProto, out: onnx.TensorProto) -> None:
+    if len(tensor.raw_data) < STRIP_THRESHOLD:
+        out.CopyFrom(tensor)
+        return
+    out.name, out.data_type = tensor.name, tensor.data_type
+    out.dims.extend(tensor.dims)
+    out.data_location = onnx.TensorProto.EXTERNAL
 
 
 def _replace_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.graph.dtypes import is_known
 from onnxq.graph.names import made
+from onnxq.graph.operators import knows_attribute
 from onnxq.graph.reading import is_external
 from onnxq.graph.weights import InlineValues, SparseValues, Values, stored
 
@@ -46,7 +47,7 @@ def import_graph(proto: onnx.ModelProto, folder: Path) -> gs.Graph:
         constant._values = values[constant.name]
     for node, origin in zip(graph.nodes, proto.graph.node, strict=True):
         node.domain = "" if node.domain == "ai.onnx" else node.domain
-        for attribute in origin.attribute:
+        for attribute in _readable(origin, _version(proto)):
             if attribute.type == onnx.AttributeProto.TENSOR and attribute.HasField("t"):
                 tensor = gs.Constant(attribute.t.name, _values(attribute.t, folder))
                 node.attrs[attribute.name] = tensor
@@ -93,8 +94,20 @@ def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
         # Stands for the real one: a value and a type that graphsurgeon can take in.
         graph.initializer.add(name=name, data_type=onnx.TensorProto.FLOAT, raw_data=b"\0" * 4)
     for node in source.node:
-        _add_node(graph, node, attributes=True)
+        attributes = _readable(node, _version(proto))
+        _add_node(graph, node, [a for a in attributes if a.type in _PLAIN or _is_text(a)])
     return bare
+
+
+def _version(proto: onnx.ModelProto) -> int:
+    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+
+def _readable(node: onnx.NodeProto, version: int) -> list[onnx.AttributeProto]:
+    """The attributes that passes may see: what an operator does not have, it does not obey."""
+    if node.domain not in ("", "ai.onnx") or not version:
+        return list(node.attribute)
+    return [a for a in node.attribute if knows_attribute(node.op_type, version, a.name)]
 
 
 def _plain_value(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
@@ -105,17 +118,19 @@ def _plain_value(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
     return kept
 
 
-def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, *, attributes: bool) -> None:
+def _add_node(
+    graph: onnx.GraphProto, node: onnx.NodeProto, attributes: Iterable[onnx.AttributeProto] = ()
+) -> None:
+    """Add a node's operator, its ends, its bodies as far as passes read them, and `attributes`."""
     added = graph.node.add(name=node.name, op_type=node.op_type, input=node.input)
     added.output.extend(node.output)
     if node.HasField("domain"):
         added.domain = node.domain
+    added.attribute.extend(attributes)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             body = added.attribute.add(name=attribute.name, type=attribute.type).g
             _add_body(body, attribute.g)
-        elif attributes and (attribute.type in _PLAIN or _is_text(attribute)):
-            added.attribute.add().CopyFrom(attribute)
 
 
 def _add_body(body: onnx.GraphProto, source: onnx.GraphProto) -> None:
@@ -123,7 +138,7 @@ def _add_body(body: onnx.GraphProto, source: onnx.GraphProto) -> None:
     for name in ("input", "output"):
         getattr(body, name).extend(onnx.ValueInfoProto(name=v.name) for v in getattr(source, name))
     for node in source.node:
-        _add_node(body, node, attributes=False)
+        _add_node(body, node)
     # Its initializers, as inputs: made here, not read from outside.
     known = {v.name for v in source.input} | {n for node in source.node for n in node.output}
     body.input.extend(onnx.ValueInfoProto(name=n) for n in made(source) if n not in known)

@@ -13,6 +13,7 @@ from onnx import inliner, shape_inference
 
 from onnxq.errors import OnnxqError
 from onnxq.graph.check import TOOL_ERRORS, tool_reason
+from onnxq.graph.exporting import open_negative
 from onnxq.graph.names import nested_nodes
 
 
@@ -29,6 +30,7 @@ def inline(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         if any(_opset(f) != _opset(proto) for f in proto.functions):
             # Converting a function takes the types of what it is called with.
+            open_negative(proto.graph)
             proto = shape_inference.infer_shapes(proto)
             inlined = inliner.inline_local_functions(proto, convert_version=True)
         else:

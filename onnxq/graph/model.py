@@ -84,7 +84,8 @@ class Model:
         proto, data = read_proto(path)
         model = cls.from_proto(proto, path)
         model.external, model.sources = bool(data), data | {path}
-        model.fingerprint = fingerprint(model)
+        with located(path):
+            model.fingerprint = fingerprint(model)
         return model
 
     @classmethod

@@ -27,6 +27,14 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
             yield from nested_nodes(body.node)
 
 
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph, and those of its bodies at any depth."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from graphs_of(body)
+
+
 def attribute_tensors(
     node: onnx.NodeProto,
 ) -> Iterator[tuple[onnx.AttributeProto, onnx.TensorProto]]:

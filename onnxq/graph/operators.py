@@ -19,6 +19,12 @@ _SINGLE = onnx.defs.OpSchema.FormalParameterOption.Single
 _VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
 
 
+def knows_attribute(operator: str, version: int, name: str) -> bool:
+    """Whether an operator of ONNX's has this attribute; of one that is unknown, it may have any."""
+    definition = _definition(operator, version)
+    return definition is None or name in definition.attributes
+
+
 def check_operators(proto: onnx.ModelProto) -> None:
     """Refuse nodes of ONNX's own operators whose inputs, outputs or attributes do not fit them.
 
@@ -87,6 +93,8 @@ def _missing(names: Sequence[str], formal: Sequence[Any]) -> str | None:
 
 def _wrong_attribute(node: onnx.NodeProto, definition: onnx.defs.OpSchema) -> str:
     given = {a.name: a for a in node.attribute}
+    if len(given) < len(node.attribute):
+        return "has an attribute twice"
     attributes: Mapping[str, Any] = definition.attributes
     for name, attribute in attributes.items():
         if name not in given:

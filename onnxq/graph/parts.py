@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor
 from onnxq.errors import OnnxqError
 from onnxq.graph import wire
 
-MOST_PARTS = 3_000_000
+MOST_PARTS = 2_000_000
 """A torch export of SDXL's UNet, 5,072 nodes with stack traces, has 0.23 million."""
 
 MOST_NUMBERS = 100_000_000

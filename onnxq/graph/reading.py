@@ -17,8 +17,8 @@ from onnxq.graph.check import check_proto, located
 from onnxq.graph.names import attribute_tensors, nested_tensors, tensors_of
 from onnxq.graph.weights import stored
 
-NESTED_LIMIT = 1_900_000_000
-"""Bytes of weights in bodies and functions, which are written inline: a file holds 2 GiB."""
+NESTED_LIMIT = 500_000_000
+"""Bytes of weights in bodies and functions: they are held in memory, and written inline."""
 
 
 def read_proto(path: Path) -> tuple[onnx.ModelProto, frozenset[Path]]:
@@ -132,11 +132,12 @@ def _inline(proto: onnx.ModelProto, folder: Path) -> None:
     total = sum(v.nbytes for v in found)
     if total > NESTED_LIMIT:
         raise OnnxqError(
-            f"bodies and functions hold {total} bytes of weights, more than a file can",
+            f"bodies and functions hold {total / 1e9:.1f} GB of weights, more than the "
+            f"{NESTED_LIMIT / 1e9:.1f} GB that onnxq takes",
             "export the model without functions, with its weights in the main graph",
         )
     for tensor, values in zip(tensors, found, strict=True):
-        tensor.raw_data = values.extent.read().tobytes()
+        tensor.raw_data = b"".join(values.extent.pieces())
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
 

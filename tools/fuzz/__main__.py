@@ -1,8 +1,9 @@
 """`python -m tools.fuzz --runs 100000 --seed 0`: what was run, how it ended, and what it took.
 
 A finding is anything but an end or a one-line OnnxqError with a cure: another exception, a run of
-more than 10 seconds, a process of more than 2 GB. Its file is kept, and `--only NUMBER` runs it
-again, with the traceback. Exit 1 where there is a finding.
+more than 10 seconds, a process of more than 2 GB. `--keep FOLDER` keeps its file; `--only NUMBER`
+runs it again, with the traceback. Where the whole process ends, FOLDER/running says in which run.
+Exit 1 where there is a finding.
 """
 
 from __future__ import annotations
@@ -120,6 +121,9 @@ def _run(number: int, case: Case, folder: Path, options: argparse.Namespace, tal
         for shared in ("data", "pipe"):
             if not (place / shared).exists() and (folder / shared).exists():
                 (place / shared).symlink_to(folder / shared)
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        (options.keep / "running").write_text(f"--seed {options.seed} --only {number}\n")
     faulthandler.dump_traceback_later(3 * LIMIT_SECONDS, exit=True)
     started = time.monotonic()
     finding = ""
@@ -143,7 +147,6 @@ def _run(number: int, case: Case, folder: Path, options: argparse.Namespace, tal
     if finding:
         tally.find(finding, f"run {number} ({case.kind} {case.seed})")
         if options.keep is not None:
-            options.keep.mkdir(parents=True, exist_ok=True)
             (options.keep / f"{options.seed}-{number}{case.suffix}").write_bytes(case.content)
     if options.only is not None:
         print(f"run {number}: {case.kind} {case.seed}, {len(case.content)} bytes: {end}")

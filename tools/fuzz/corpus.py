@@ -233,7 +233,7 @@ def _put_out(model: onnx.ModelProto, location: str) -> int:
 def _piece(model: onnx.ModelProto, start: int, stop: int) -> onnx.ModelProto:
     """Nodes `start` to `stop` as a model: what they read from before is an input."""
     graph, nodes = model.graph, model.graph.node[start:stop]
-    made = {name for node in nodes for name in node.output if name}
+    made = {name: None for node in nodes for name in node.output if name}
     read = {name: None for node in nodes for name in node.input if name and name not in made}
     last = [name for name in nodes[-1].output if name]
     types = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}

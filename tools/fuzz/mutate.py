@@ -37,6 +37,7 @@ NAMES = [
     "/",
 ]
 LOCATIONS = ["", "data", "/etc/passwd", "../data", "missing", ".", "pipe", "nul\0", "n" * 300]
+_LARGEST = 4_000_000  # bytes of a damaged model
 _WORDS = """
 MatMul Gemm Conv ConvTranspose Add Mul Div Sub Relu Softmax Transpose Reshape Constant Cast
 Identity QuantizeLinear DequantizeLinear If Loop Scan Gather Concat Slice Shape Where Pow Sqrt
@@ -54,7 +55,7 @@ def pick(content: bytes, others: list[bytes], rng: Rng) -> bytes:
     """One to four kinds of damage to a model, one upon the other."""
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 4])):
         how = rng.choices([any_bytes, wire, fields], [2, 5, 6])[0]
-        content = how(content, others, rng)
+        content = how(content, others, rng)[:_LARGEST]
     return content
 
 
@@ -149,8 +150,8 @@ def _damage_one(found: list[_Field], at: int, rng: Rng) -> None:
         case 7:
             found[at] = _Field(chosen.number, 2, chosen.value[: rng.randrange(9)])
         case 8:
-            for _ in range(rng.choice([3, 30, 300])):
-                found.insert(at, chosen)
+            count = min(rng.choice([3, 30, 300]), _LARGEST // (len(chosen.value) + 9))
+            found[at:at] = [chosen] * count
         case 9:
             found[at] = _Field(chosen.number, chosen.kind, _other_value(chosen, rng))
 
