@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import Cli
 from onnx import numpy_helper, parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from onnxq.errors import OnnxqError
 from onnxq.terminal import parse_share
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 CONSTANT = """<ir_version: 10, opset_import: ["": 21]>
 g (int64[B,S] input_ids) => (float[B,S,8] logits) { logits = Gather(t, input_ids) }"""

@@ -28,12 +28,13 @@ def saved(
     inputs: dict[str, Any],
     output: int,
     constants: list[onnx.TensorProto],
+    opset: int = 23,
 ) -> Path:
-    """A model of opset 23 whose output is y; inputs by name -> (type, shape)."""
+    """A model whose output is y; inputs by name -> (type, shape)."""
     given = [h.make_tensor_value_info(name, *what) for name, what in inputs.items()]
     made = [h.make_tensor_value_info("y", output, None)]
     graph = h.make_graph(nodes, "g", given, made, constants)
-    opsets = [h.make_opsetid("", 23), h.make_opsetid("trt", 1)]
+    opsets = [h.make_opsetid("", opset), h.make_opsetid("trt", 1)]
     onnx.save(h.make_model(graph, opset_imports=opsets, ir_version=11), path)
     return path
 
@@ -304,7 +305,8 @@ def test_fp8_operators_of_tensorrt(tmp_path: Path) -> None:
         h.make_node("TRT_FP8DequantizeLinear", ["codes", "scale"], ["y"], domain="trt"),
     ]
     constants = [nh.from_array(np.float32(0.02), "scale")]
-    path = saved(tmp_path / "m.onnx", nodes, {"x": (T.FLOAT16, [4, 64])}, T.FLOAT, constants)
+    given = {"x": (T.FLOAT16, [4, 64])}
+    path = saved(tmp_path / "m.onnx", nodes, given, T.FLOAT, constants, opset=21)
     x = difficult(np.float16)[0, :4]
     wide = np.clip(x.astype(np.float32) / np.float32(0.02), -448, 448)
     expected = wide.astype(E4M3).astype(np.float32) * np.float32(0.02)
