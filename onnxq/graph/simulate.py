@@ -10,6 +10,7 @@ Nothing else of the graph changes; its FP16 stays FP16.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ _NARROW = {
 """What ONNX Runtime does not compute with -> the type that holds the same values."""
 
 _TENSORRT = "trt"
+_PART = 1 << 18  # bytes looked up at a time: numpy makes eight of each for the index
 
 
 @contextmanager
@@ -156,13 +158,41 @@ def _widen(editor: Editor) -> Iterator[str]:
     }
     for old in narrow.values():
         number = constant_type(old)
-        values = _widened(old, np.float32 if _NARROW[number] != _FP8 else ml_dtypes.float8_e4m3fn)
-        editor.redirect(old, editor.derived(old.name, _NARROW[number], old.shape, values))
+        produce = _pairs(old) if _NARROW[number] == _FP8 else _floats(old)
+        editor.redirect(old, editor.derived(old.name, _NARROW[number], old.shape, produce))
         yield f"{_T.DataType.Name(number)} tensors"
 
 
-def _widened(old: gs.Constant, dtype: Any) -> Callable[[], Any]:
-    return lambda: original(old).astype(np.float32).astype(dtype)
+def _pairs(old: gs.Constant) -> Callable[[], Any]:
+    """E2M1 as E4M3: a byte of two codes becomes two bytes, a piece of the file at a time."""
+
+    def produce() -> Any:
+        values, position = old._values, 0
+        pairs = np.empty(values.nbytes, _E4M3_OF_E2M1.dtype)
+        for piece in values.pieces():
+            whole = np.frombuffer(piece, np.uint8)
+            for part in np.split(whole, range(_PART, len(whole), _PART)):
+                pairs[position : position + len(part)] = _E4M3_OF_E2M1[part]
+                position += len(part)
+        codes = pairs.view(ml_dtypes.float8_e4m3fn)
+        return codes[: math.prod(old.shape)].reshape(old.shape)
+
+    return produce
+
+
+def _table() -> Any:
+    codes = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn)
+    wide = codes.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    byte = np.arange(256)
+    return (wide[byte & 15] | wide[byte >> 4].astype(np.uint16) << 8).astype("<u2")
+
+
+_E4M3_OF_E2M1 = _table()
+"""A byte of two E2M1 codes, the first in its low half -> the two as E4M3, the first in front."""
+
+
+def _floats(old: gs.Constant) -> Callable[[], Any]:
+    return lambda: original(old).astype(np.float32)
 
 
 def _retype(model: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from onnx import numpy_helper as nh
 from onnx.reference import ReferenceEvaluator
 
 from onnxq.errors import OnnxqError
+from onnxq.graph.references import set_reference
 from onnxq.graph.simulate import runnable
 
 E2M1, E4M3 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
@@ -49,8 +52,9 @@ def run(path: Path, x: Array) -> Array:
 
 
 def packed(values: Array, name: str) -> onnx.TensorProto:
-    """FP4 values, two to a byte, the first in the low half."""
+    """FP4 values, two to a byte, the first in the low half; a half byte may be left over."""
     codes = values.astype(E2M1).view(np.uint8).reshape(-1)
+    codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
     raw = (codes[0::2] | codes[1::2] << 4).astype(np.uint8).tobytes()
     return h.make_tensor(name, T.FLOAT4E2M1, values.shape, raw, raw=True)
 
@@ -176,15 +180,15 @@ def test_fp4_codes_pass_through_a_transpose(tmp_path: Path) -> None:
 
 
 def test_fp4_codes_in_a_constant_node(tmp_path: Path) -> None:
-    codes = np.array(list(range(16)), np.uint8).view(E2M1)
+    codes = np.array(list(range(15)), np.uint8).view(E2M1)
     nodes = [
         h.make_node("Constant", [], ["codes"], value=packed(codes, "codes")),
         h.make_node("DequantizeLinear", ["codes", "scale"], ["w"]),
         h.make_node("Add", ["x", "w"], ["y"]),
     ]
     constants = [nh.from_array(np.float32(0.5), "scale")]
-    path = saved(tmp_path / "m.onnx", nodes, {"x": (T.FLOAT, [16])}, T.FLOAT, constants)
-    found = run(path, np.zeros(16, np.float32))
+    path = saved(tmp_path / "m.onnx", nodes, {"x": (T.FLOAT, [15])}, T.FLOAT, constants)
+    found = run(path, np.zeros(15, np.float32))
     np.testing.assert_array_equal(found, codes.astype(np.float32) / 2)
 
 
@@ -347,3 +351,38 @@ def test_blocks_along_another_axis_are_refused(tmp_path: Path) -> None:
 def test_the_note_counts_what_was_replaced(tmp_path: Path) -> None:
     with runnable(nvfp4(tmp_path / "m.onnx", T.FLOAT, 0.01)) as (_, (note,)):
         assert "simulated" in note and "1 TRT_FP4DynamicQuantize" in note
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from onnxq.graph.simulate import runnable
+
+with runnable(Path(sys.argv[1])) as (path, _):
+    print(sum(file.stat().st_size for file in path.parent.iterdir()))
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+"""
+
+
+def test_memory_is_that_of_one_weight(tmp_path: Path) -> None:
+    """Eight weights of 2^26 codes: 0.27 GB of FP4, 0.54 GB as FP8, in the memory of one of them."""
+    count, columns = 8, 1 << 26
+    model = onnx.load(saved(tmp_path / "m.onnx", [], {"x": (T.FLOAT, [1])}, T.FLOAT, []))
+    scale = nh.from_array(np.float32(1), "scale")
+    model.graph.initializer.append(scale)
+    for index in range(count):
+        tensor = T(name=f"w{index}", data_type=T.FLOAT4E2M1, dims=[columns])
+        set_reference(tensor, "sparse.bin", index * columns // 2, columns // 2)
+        model.graph.initializer.append(tensor)
+        names = [f"w{index}", "scale"], [f"d{index}"]
+        model.graph.node.append(h.make_node("DequantizeLinear", *names))
+    model.graph.node.append(h.make_node("Sum", ["x", *(f"d{i}" for i in range(count))], ["y"]))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with (tmp_path / "sparse.bin").open("wb") as stream:
+        stream.truncate(count * columns // 2)
+    command = [sys.executable, "-c", MEMORY, tmp_path / "m.onnx"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    written, peak = map(int, done.stdout.split())
+    assert written > count * columns
+    assert peak < 200e6, f"{peak / 1e6:.0f} MB"  # 80 before it reads anything, one weight, a piece
