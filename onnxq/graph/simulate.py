@@ -10,9 +10,8 @@ Nothing else of the graph changes; its FP16 stays FP16.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OnnxqError
 from onnxq.files import scratch
 from onnxq.graph.constants import hoist_constants
-from onnxq.graph.dtypes import graph_dtype
+from onnxq.graph.dtypes import Array, from_bytes, graph_dtype
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
 from onnxq.graph.query import label, type_number
 from onnxq.graph.reading import read_proto
 from onnxq.graph.save import save
 from onnxq.graph.tensorrt_ops import OPERATORS
-from onnxq.graph.weights import constant_type, original
+from onnxq.graph.weights import DerivedValues, Values, constant_type, original
 from onnxq.progress import Progress, silent
 
 _T = onnx.TensorProto
@@ -157,27 +156,31 @@ def _widen(editor: Editor) -> Iterator[str]:
         if isinstance(t, gs.Constant) and constant_type(t) in _NARROW
     }
     for old in narrow.values():
-        number = constant_type(old)
-        produce = _pairs(old) if _NARROW[number] == _FP8 else _floats(old)
-        editor.redirect(old, editor.derived(old.name, _NARROW[number], old.shape, produce))
+        number, name = constant_type(old), editor.unique(old.name)
+        new = _Pairs(name, old._values) if _NARROW[number] == _FP8 else _floats(name, old)
+        editor.redirect(old, gs.Constant(name, new))
         yield f"{_T.DataType.Name(number)} tensors"
 
 
-def _pairs(old: gs.Constant) -> Callable[[], Any]:
+class _Pairs(Values):
     """E2M1 as E4M3: a byte of two codes becomes two bytes, a piece of the file at a time."""
 
-    def produce() -> Any:
-        values, position = old._values, 0
-        pairs = np.empty(values.nbytes, _E4M3_OF_E2M1.dtype)
-        for piece in values.pieces():
-            whole = np.frombuffer(piece, np.uint8)
-            for part in np.split(whole, range(_PART, len(whole), _PART)):
-                pairs[position : position + len(part)] = _E4M3_OF_E2M1[part]
-                position += len(part)
-        codes = pairs.view(ml_dtypes.float8_e4m3fn)
-        return codes[: math.prod(old.shape)].reshape(old.shape)
+    def __init__(self, name: str, codes: Values) -> None:
+        super().__init__(_T(name=name, data_type=_FP8, dims=codes.shape, data_location=_T.EXTERNAL))
+        self.codes = codes
 
-    return produce
+    def load(self) -> Array:
+        raw = np.frombuffer(b"".join(self.pieces()), np.uint8)
+        return from_bytes(raw, _FP8, self.shape)
+
+    def pieces(self) -> Iterator[memoryview]:
+        left = self.nbytes  # a half byte may be left over
+        for piece in self.codes.pieces():
+            for start in range(0, len(piece), _PART):
+                pairs = _E4M3_OF_E2M1[np.frombuffer(piece[start : start + _PART], np.uint8)]
+                made = memoryview(pairs.view(np.uint8))[:left]
+                left -= len(made)
+                yield made
 
 
 def _table() -> Any:
@@ -191,8 +194,11 @@ _E4M3_OF_E2M1 = _table()
 """A byte of two E2M1 codes, the first in its low half -> the two as E4M3, the first in front."""
 
 
-def _floats(old: gs.Constant) -> Callable[[], Any]:
-    return lambda: original(old).astype(np.float32)
+def _floats(name: str, old: gs.Constant) -> Values:
+    """E8M0 as FP32."""
+    return DerivedValues(
+        name, int(_T.FLOAT), tuple(old.shape), lambda: original(old).astype(np.float32)
+    )
 
 
 def _retype(model: Model) -> None:

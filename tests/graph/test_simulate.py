@@ -365,8 +365,8 @@ print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmH
 """
 
 
-def test_memory_is_that_of_one_weight(tmp_path: Path) -> None:
-    """Eight weights of 2^26 codes: 0.27 GB of FP4, 0.54 GB as FP8, in the memory of one of them."""
+def test_weights_are_widened_in_pieces(tmp_path: Path) -> None:
+    """Eight weights of 2^26 codes: 0.27 GB of FP4, 0.54 GB as FP8, in the memory of none."""
     count, columns = 8, 1 << 26
     model = onnx.load(saved(tmp_path / "m.onnx", [], {"x": (T.FLOAT, [1])}, T.FLOAT, []))
     scale = nh.from_array(np.float32(1), "scale")
@@ -385,4 +385,4 @@ def test_memory_is_that_of_one_weight(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     written, peak = map(int, done.stdout.split())
     assert written > count * columns
-    assert peak < 200e6, f"{peak / 1e6:.0f} MB"  # 80 before it reads anything, one weight, a piece
+    assert peak < 130e6, f"{peak / 1e6:.0f} MB"  # about 80 before it reads anything
