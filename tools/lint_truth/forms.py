@@ -172,9 +172,9 @@ def _products() -> None:
         add(f"{fmt} conv", conv(fmt, fmt))
         add(f"{fmt} conv, scale a channel", conv(fmt, fmt, scale=np.full(64, 0.01), axis=0))
         add(f"{fmt} activation only", linear(fmt, None), "one-operand")
-        add(f"{fmt} weight only", linear(None, fmt), "one-operand")
+        add(f"{fmt} weight only", linear(None, fmt))
         add(f"{fmt} conv, activation only", conv(fmt, None), "one-operand")
-        add(f"{fmt} conv, weight only", conv(None, fmt), "one-operand")
+        add(f"{fmt} conv, weight only", conv(None, fmt), "weight-only-form")
         channel = {"weight_scale": np.full(96, 0.01), "axis": 1}
         add(f"{fmt} channels", linear(fmt, fmt, **channel), "raw-sums")
         add(f"{fmt} channels, bf16", linear(fmt, fmt, base="bf16", **channel))
@@ -206,7 +206,21 @@ def _products() -> None:
         blocks = {"weight_scale": np.full((2, 96), 0.01), "axis": 0, "block": 32}
         add(f"{fmt} blocks, 3-D", linear(fmt, fmt, **blocks), "blocked-weight")
         add(f"{fmt} blocks, 2-D", linear(fmt, fmt, rows=(48,), **blocks), "blocked-weight")
-        add(f"{fmt} blocks, weight only", linear(None, fmt, **blocks), "one-operand")
+        add(f"{fmt} blocks, weight only", linear(None, fmt, **blocks), "weight-only-form")
+        channel = {"weight_scale": np.full(96, 0.01), "axis": 1}
+        add(f"{fmt} channels, weight only", linear(None, fmt, **channel))
+        add(
+            f"{fmt} channels, odd, weight only",
+            linear(None, fmt, k=63, **channel),
+            "weight-only-form",
+        )
+        add(f"{fmt} odd, weight only", linear(None, fmt, k=63))
+        add(f"{fmt} one column, weight only", linear(None, fmt, n=1), "weight-only-form", "thin")
+        add(
+            f"{fmt} Neg, weight only",
+            linear(None, fmt, right=then("Neg"), **channel),
+            "weight-only-form",
+        )
     add("int8 channels, fp32", linear(base="fp32", weight_scale=np.full(96, 0.01), axis=1))
     add("int8 x fp8", linear("int8", "fp8"), "mixed-formats")
     add("fp8 x int8 conv", conv("fp8", "int8"), "mixed-formats")
@@ -261,6 +275,21 @@ def _products() -> None:
 
 
 def _w4a8() -> None:
+    add(
+        "int4 odd columns",
+        linear(None, "int4", n=97, weight_scale=np.full((2, 97), 0.01), axis=0, block=32),
+        "weight-only-form",
+    )
+    for k, rules in (
+        (80, ("ragged-blocks",)),
+        (81, ("ragged-blocks", "weight-only-form")),
+        (128, ()),
+    ):
+        add(
+            f"int4 blocks of 64 along {k}",
+            linear(None, "int4", k=k, weight_scale=np.full((2, 96), 0.01), axis=0, block=64),
+            *rules,
+        )
     for fmt in EIGHT:
         g = Graph()
         w = g.weight((64, 96), "int4", np.full((2, 96), 0.01), axis=0, block_size=32)
@@ -449,7 +478,13 @@ def _scales() -> None:
     ):
         add(f"{fmt} for {target}", linear(fmt, fmt), *rules, target=target)
     blocks = {"weight_scale": np.full((2, 96), 0.01), "axis": 0, "block": 32}
-    add("int4 for sm75", linear(None, "int4", **blocks), "format-for-target", target="sm75")
+    add(
+        "int4 for sm75",
+        linear(None, "int4", **blocks),
+        "format-for-target",
+        "weight-only-form",
+        target="sm75",
+    )
     add("int4 for sm80", linear(None, "int4", **blocks), target="sm80")
 
 

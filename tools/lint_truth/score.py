@@ -9,8 +9,8 @@ from pathlib import Path
 from onnxq.errors import OnnxqError
 from onnxq.gpus import target as find_target
 from onnxq.graph.model import Model
-from onnxq.lint.finding import Finding, Severity
-from onnxq.lint.run import Lint, lint
+from onnxq.linting.finding import Finding, Severity
+from onnxq.linting.run import Lint, lint
 from tools.lint_truth.truth import Truth, judge
 
 

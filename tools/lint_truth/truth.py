@@ -1,7 +1,7 @@
 """What the compiler makes of a graph: refused, or which quantized products fall short.
 
 The oracle of lint. It finds products and attentions by a walk of its own over the ONNX file, and
-reads what became of them from the compiled layers; it shares no code with `onnxq.lint`.
+reads what became of them from the compiled layers; it shares no code with `onnxq.linting`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx import TensorProto
 from onnxq.engine.backends import BACKENDS
 from onnxq.engine.build import read_shapes
 from onnxq.engine.child import compile_all
-from onnxq.engine.coverage import NodeCoverage, WeightedNode, cover
+from onnxq.engine.coverage import WEIGHTS_ALONE, NodeCoverage, WeightedNode, cover
 from onnxq.engine.layers import EngineLayer
 from onnxq.engine.protocol import Answer, Outcome, Request
 from onnxq.errors import OnnxqError
@@ -26,6 +26,12 @@ _MOVING = {
     *("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Slice", "Gather"),
     *("Flatten", "Expand", "Tile", "Split", "Dropout", "Neg", "DepthToSpace", "SpaceToDepth"),
 }
+_FUNCTIONS = frozenset(
+    (
+        *("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSwish", "MaxPool", "AveragePool", "Resize"),
+        *("GlobalAveragePool", "Add", "Sub", "Mul", "Div", "Pad", "Concat", "Where", "Tanh"),
+    )
+)
 _MULTIPLYING = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention"}
 _AT_ONCE = 30
 
@@ -151,7 +157,14 @@ def wanted(model: onnx.ModelProto) -> list[WeightedNode]:
         if view.is_constant(node.input[0]) and view.is_constant(node.input[1]):
             continue
         kind = "conv" if node.op_type.startswith("Conv") else "gemm"
-        found.append(WeightedNode(_name(node), kind, right or left))  # type: ignore[arg-type]
+        word = right or left
+        constant = [view.is_constant(t) for t in node.input[:2]]
+        if True in constant and bool(right) != bool(left) and constant[1 if right else 0]:
+            other = node.input[0 if right else 1]
+            # An activation function may stand between, by mistake.
+            if word == "int4" or not view.format(other, through=_FUNCTIONS):
+                word += WEIGHTS_ALONE
+        found.append(WeightedNode(_name(node), kind, word))  # type: ignore[arg-type]
     return found
 
 
@@ -185,15 +198,22 @@ class _View:
             return name in self.constants
         return depth > 0 and all(self.is_constant(t, depth - 1) for t in node.input if t)
 
-    def format(self, name: str, depth: int = 20) -> str:
-        """The codes a tensor is the dequantized form of, moved, cast or scaled; '' for none."""
+    def format(self, name: str, depth: int = 20, through: frozenset[str] = frozenset()) -> str:
+        """The codes a tensor is the dequantized form of, moved, cast or scaled; '' for none.
+
+        Args:
+            through: more operators to look through, whatever they compute.
+        """
         node = self.makers.get(name)
         if node is None or not depth:
             return ""
         if node.op_type == "DequantizeLinear":
             return self._codes(node)
         if node.op_type in _MOVING:
-            return self.format(node.input[0], depth - 1)
+            return self.format(node.input[0], depth - 1, through)
+        if node.op_type in through:
+            formats = [self.format(t, depth - 1, through) for t in node.input]
+            return next((f for f in formats if f), "")
         if node.op_type in ("Mul", "Div"):
             computed = [t for t in node.input if not self.is_constant(t)]
             if len(computed) == 1:

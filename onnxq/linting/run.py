@@ -10,9 +10,9 @@ from onnxq.gpus import Target
 from onnxq.graph.model import Model
 from onnxq.graph.query import label
 from onnxq.graph.survey import body_models, survey
-from onnxq.lint.finding import Finding, Found, Rule, Severity
-from onnxq.lint.rules import BY_ID, RULES
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Finding, Found, Rule, Severity
+from onnxq.linting.rules import BY_ID, RULES
+from onnxq.linting.subject import Subject
 
 _ORDER = {severity: index for index, severity in enumerate(Severity)}
 

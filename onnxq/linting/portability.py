@@ -12,8 +12,8 @@ from onnxq.graph.elements import minimum_opset, newest_opset
 from onnxq.graph.ir import Constant, Node
 from onnxq.graph.qdq import MOVING
 from onnxq.graph.query import label, producer
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.subject import Subject
 
 LONGEST_NAME = 4095
 """Characters of a node's or tensor's name that TensorRT takes."""

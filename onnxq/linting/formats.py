@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from onnxq.graph.qdq import same_scale
 from onnxq.graph.query import label
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.fusing import (
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.fusing import (
     EIGHT_BIT,
     blocks,
     both_fuse,
@@ -17,7 +17,7 @@ from onnxq.lint.fusing import (
     origin,
     scale_count,
 )
-from onnxq.lint.subject import Product, Subject, rank_of
+from onnxq.linting.subject import Product, Subject, rank_of
 
 
 def scale_of_one(subject: Subject) -> Iterator[Found]:

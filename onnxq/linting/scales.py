@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from onnxq.graph.ir import Constant
 from onnxq.graph.qdq import Quantizer, built_in, constant_values, quantized_source
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.subject import Subject
 
 _SMALLEST_NORMAL = 2.0**-14
 """FP16's: what is smaller has fewer than its 11 digits."""
@@ -125,6 +125,26 @@ def _blocks_misfit(q: Quantizer, shape: tuple[int, ...], data: list[object]) -> 
     return ""
 
 
+def ragged_blocks(subject: Subject) -> Iterator[Found]:
+    """Blocks that do not divide their axis: TensorRT divides by their number instead."""
+    for q in subject.quantizers:
+        shape, data = q.scale_shape, q.node.inputs[0].shape
+        if not q.block or shape is None or data is None or q.axis >= min(len(shape), len(data)):
+            continue
+        size, count = data[q.axis], shape[q.axis]
+        if not isinstance(size, int) or count < 2 or size % q.block == 0:
+            continue
+        if size % count:
+            yield Found(q.node, f"its {size} elements do not make {count} whole blocks")
+        else:
+            yield Found(
+                q.node,
+                f"its {size} elements are in blocks of {q.block}, the last one shorter: TensorRT "
+                f"takes blocks of {size // count}",
+                Severity.NUMBERS,
+            )
+
+
 def odd_sub_byte(subject: Subject) -> Iterator[Found]:
     """4-bit tensors with an odd number of elements."""
     for q in subject.quantizers:
@@ -199,6 +219,12 @@ RULES = (
         Severity.REFUSED,
         scale_shape,
         "one scale, one along `axis`, or blocks along one axis",
+    ),
+    Rule(
+        "ragged-blocks",
+        Severity.REFUSED,
+        ragged_blocks,
+        "use blocks that divide the axis",
     ),
     Rule(
         "odd-4-bit",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.graph.ir import Node
 
 if TYPE_CHECKING:
-    from onnxq.lint.subject import Subject
+    from onnxq.linting.subject import Subject
 
 
 class Severity(str, Enum):

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from onnxq.graph.elements import attribute_word, is_importable
 from onnxq.graph.ir import Constant, Node
 from onnxq.graph.query import type_word
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.operators import IMPORTED
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.operators import IMPORTED
+from onnxq.linting.subject import Subject
 
 _SAME: dict[str, slice] = dict.fromkeys(
     (
@@ -79,8 +79,8 @@ def type_of_operator(subject: Subject) -> Iterator[Found]:
     for node in subject.nodes:
         words = [subject.type(t) for t in node.inputs if t.name]
         first = words[0] if words else "?"
-        if node.op not in IMPORTED:
-            continue  # refused in any case
+        if node.op not in IMPORTED or node.op.startswith("TRT_"):
+            continue
         if "uint8" in words and node.op not in _UINT8 and node.op not in _QDQ:
             yield Found(node, f"TensorRT's {node.op} takes no UINT8")
         elif node.op == "MatMul" and first in ("int32", "int64"):
@@ -104,7 +104,7 @@ def type_of_operator(subject: Subject) -> Iterator[Found]:
 def moved_codes(subject: Subject) -> Iterator[Found]:
     """Codes that something else than a DequantizeLinear reads."""
     for node in subject.nodes:
-        if node.op in _QDQ or node.op not in IMPORTED:
+        if node.op in _QDQ or node.op not in IMPORTED or node.op.startswith("TRT_"):
             continue
         for tensor in node.inputs:
             word = subject.type(tensor)

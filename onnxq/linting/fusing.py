@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from onnxq.graph.qdq import Operand, built_in, quantized_source
-from onnxq.lint.subject import Product, Subject, is_meant, rank_of
+from onnxq.linting.subject import Product, Subject, is_meant, rank_of
 
 EIGHT_BIT = ("int8", "fp8")
 
@@ -64,14 +64,17 @@ def origin(activation: Operand) -> str:
     return str(node.inputs[0].name)
 
 
-def is_int4_weight_only(product: Product) -> bool:
+def is_weight_only(product: Product) -> bool:
+    """Whether the weight alone is quantized, on purpose or not.
+
+    An activation that was quantized before an activation function is meant to be, beside 8 bits.
+    """
     weight, activation = product.weight, product.activation
-    return (
-        weight is not None
-        and is_meant(weight)
-        and weight.codes in ("int4", "fp4")
-        and (activation is None or not is_meant(activation))
-    )
+    if weight is None or not is_meant(weight):
+        return False
+    if activation is None or activation.source is None:
+        return True
+    return weight.codes in ("int4", "fp4") and not is_meant(activation)
 
 
 def blocks(weight: Operand) -> int | None:

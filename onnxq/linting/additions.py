@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from onnxq.graph.ir import Constant, Node
 from onnxq.graph.qdq import operand, readers
 from onnxq.graph.query import label
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.subject import Subject
 
 
 def mask(subject: Subject) -> Iterator[Found]:

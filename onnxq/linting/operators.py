@@ -12,8 +12,8 @@ from typing import Any
 
 from onnxq.graph.ir import Constant, Node
 from onnxq.graph.qdq import built_in
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.subject import Subject
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.subject import Subject
 
 _IMPORTED = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool

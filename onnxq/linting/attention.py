@@ -15,8 +15,8 @@ from onnxq.graph.attention import Attention
 from onnxq.graph.ir import Node, Tensor
 from onnxq.graph.qdq import MOVING, Operand, built_in, factor, operand, quantizer, readers
 from onnxq.graph.query import label
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.subject import Subject, is_meant
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.subject import Subject, is_meant
 
 FEWEST_KEYS = 32
 LARGEST_HEAD = 256
@@ -168,11 +168,10 @@ def _behind_scores(scores: Node) -> Node | None:
     tensor = scores.outputs[0]
     for _ in range(8):
         following = list(readers(tensor))
-        if len(following) != 1:
-            return None
+        quantize = next((n for n in following if n.op == "QuantizeLinear"), None)
+        if quantize is not None or len(following) != 1:
+            return quantize
         node = following[0]
-        if node.op == "QuantizeLinear":
-            return node
         scaled = node.op in ("Mul", "Div") and factor(node) is not None
         if not (scaled or node.op in MOVING or node.op in ("Relu", "Clip", "Cast")):
             return None

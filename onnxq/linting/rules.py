@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxq.lint import (
+from onnxq.linting import (
     additions,
     attention,
     elements,
@@ -12,7 +12,7 @@ from onnxq.lint import (
     products,
     scales,
 )
-from onnxq.lint.finding import Rule
+from onnxq.linting.finding import Rule
 
 RULES: tuple[Rule, ...] = (
     *operators.RULES,

@@ -6,61 +6,98 @@ import math
 from collections.abc import Iterator
 
 from onnxq.graph.ir import Tensor
-from onnxq.graph.qdq import built_in
+from onnxq.graph.qdq import Operand, Quantizer, built_in, quantized_source
 from onnxq.graph.qdq import operand as operand_of
 from onnxq.graph.query import label
-from onnxq.lint.finding import Found, Rule, Severity
-from onnxq.lint.fusing import blocks, has_row_scales, is_int4_weight_only, scale_count
-from onnxq.lint.subject import Subject, rank_of
+from onnxq.linting.finding import Found, Rule, Severity
+from onnxq.linting.fusing import blocks, has_row_scales, is_weight_only, scale_count
+from onnxq.linting.subject import Product, Subject, rank_of
 
 FP8_TAPS = 32
 """The largest kernel of an FP8 convolution: 5 x 5, but not 3 x 3 x 5."""
 
 
 def one_operand(subject: Subject) -> Iterator[Found]:
-    """Products of which one operand is quantized and the other is not."""
+    """Products of which one operand is quantized and the other, computed, is not."""
+    alone = []
     for product in subject.quantized:
-        if product.kind == "transposed conv" or is_int4_weight_only(product):
+        if product.kind == "transposed conv":
             continue
-        sources = [o.source for o in product.operands]
-        if None not in sources:
-            continue
-        if product.weight is not None and product.weight.source is not None:
-            width = 4 if product.weight.codes in ("int4", "fp4") else 8
-            yield Found(
-                product.node,
-                f"only its weight is quantized: it is stored in {width} bits and multiplied in 16",
-            )
-        else:
+        if is_weight_only(product):
+            alone.append(product)
+        elif any(o.source is None for o in product.operands):
             yield Found(product.node, "only one of its operands is quantized")
+    if alone and len(alone) < len(subject.quantized):
+        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+        subject.notes.append(
+            f"{label(alone[0].node)}{more}: the weight alone is quantized, beside products whose "
+            "operands both are; it saves memory, and multiplies in 16 bits"
+        )
 
 
 def weight_only_form(subject: Subject) -> Iterator[Found]:
-    """4-bit weights that are not unpacked inside the product's kernel."""
+    """Weights alone in a form that is not expanded inside the product's kernel."""
     for product in subject.quantized:
-        if not is_int4_weight_only(product):
+        if not is_weight_only(product) or product.kind == "transposed conv":
             continue
         weight = product.weight
         assert weight is not None and weight.source is not None
-        reason = ""
-        if not weight.source.blocked:
-            reason = "its scales are not in blocks"
-        elif blocks(weight) == 1:
-            reason = "it has one block along the axis that is summed"
-        elif any(node.op == "Cast" for node in weight.path):
-            reason = "a Cast stands between"
-        elif product.kind != "linear":
-            reason = f"{product.node.op} unpacks none"
+        reason = _why_expanded(subject, product, weight)
         if reason:
             yield Found(
-                product.node, f"its INT4 weight is expanded to 16 bits on every call: {reason}"
+                product.node,
+                f"its {weight.codes.upper()} weight is expanded in memory on every call: {reason}",
             )
+
+
+def _why_expanded(subject: Subject, product: Product, weight: Operand) -> str:
+    """Why a weight is expanded by a kernel of its own, or ''."""
+    source = weight.source
+    assert source is not None
+    if product.kind == "conv":
+        return "a convolution expands none inside"
+    if subject.target.capability < (8, 0):
+        return f"{subject.target.name} expands none inside"
+    if weight.blocker is not None and weight.blocker.op != "Cast":
+        return f"{weight.blocker.op} {label(weight.blocker)!r} stands between"
+    if quantized_source(source) is not None and _is_requantized(source):
+        return "it is quantized twice"
+    if weight.codes in ("int8", "uint8", "fp8"):
+        return "its scales are in blocks" if source.blocked else _odd_size(weight)
+    if any(node.op == "Cast" for node in weight.path):
+        return "a Cast stands between"
+    if weight.codes != "int4":
+        return f"{weight.codes.upper()} weights alone have no kernel"
+    if not source.blocked:
+        return "its scales are not in blocks"
+    if blocks(weight) == 1:
+        return "it has one block along the axis that is summed"
+    return _odd_size(weight)
+
+
+def _is_requantized(source: Quantizer) -> bool:
+    """Whether a weight's codes are made, in the graph, of other codes."""
+    made = quantized_source(source)
+    return made is not None and operand_of(made.node.inputs[0], {}).source is not None
+
+
+def _odd_size(weight: Operand) -> str:
+    """Whether a matrix with several scales has an odd side, or one column, or ''."""
+    shape = weight.tensor.shape
+    if shape is None or len(shape) < 2 or not all(isinstance(d, int) for d in shape[-2:]):
+        return ""
+    rows, columns = int(shape[-2]), int(shape[-1])
+    if min(rows, columns) == 1:
+        return f"it is {rows} x {columns}, a vector"
+    odd = rows % 2 or columns % 2
+    assert weight.source is not None
+    return f"it is {rows} x {columns}, an odd size" if odd and not weight.source.per_tensor else ""
 
 
 def in_between(subject: Subject) -> Iterator[Found]:
     """Operators between DequantizeLinear and product that the compiler cannot move it across."""
     for product in subject.quantized:
-        if is_int4_weight_only(product):
+        if is_weight_only(product):
             continue
         for operand in product.operands:
             node = operand.blocker
@@ -134,7 +171,7 @@ def weight_axis(subject: Subject) -> Iterator[Found]:
         weight = product.weight
         if weight is None or weight.source is None or not weight.reaches:
             continue
-        if weight.source.per_tensor or weight.source.blocked:
+        if weight.source.per_tensor or weight.source.blocked or is_weight_only(product):
             continue
         axis, expected = weight.axis(), product.output_axis(weight)
         rank = rank_of(weight)
@@ -179,14 +216,15 @@ RULES = (
         "one-operand",
         Severity.SLOW,
         one_operand,
-        "quantize the other operand too, or neither; to save memory alone, use INT4 in blocks",
+        "quantize the other operand too, or neither",
         fixable=True,
     ),
     Rule(
         "weight-only-form",
         Severity.SLOW,
         weight_only_form,
-        "use blocks of 16 to 128 along the axis that is summed, two or more of them",
+        "INT4: two or more blocks of 16 to 128 along the axis that is summed, an even number of "
+        "columns; INT8 and FP8: a scale a channel",
     ),
     Rule(
         "in-between",
