@@ -5,8 +5,8 @@ format's numbers, saturated. Fast means without a cast that is done number by nu
 rounded by adding 1.5 x 2^23, whose last digit is 1; floats by adding the power of two whose last
 digit is the distance of the format's numbers there. Work goes in pieces that fit the cache.
 
-Measured on one core, FP16 in: INT8 and INT4 1.5 G numbers a second, FP8 and FP4 0.6 G; numpy's and
-ml_dtypes' casts do 0.17 G at most.
+Measured on one core, FP16 in: INT8 and INT4 1.7 G numbers a second, FP8 and FP4 0.75 G; ml_dtypes'
+casts to FP8 and FP4 alone do 0.19 G at most.
 """
 
 from __future__ import annotations

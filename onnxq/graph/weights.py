@@ -7,11 +7,13 @@ computed from other values at the moment they are written, one tensor at a time;
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -70,32 +72,43 @@ class Extent:
         Raises:
             OnnxqError: the file cannot be read, or is not what it was when the model was loaded.
         """
+        with self._stream() as stream:
+            left = self.length
+            while left:
+                piece = stream.read(min(left, _PIECE))
+                if not piece:
+                    raise self._changed()
+                left -= len(piece)
+                yield piece
+
+    def read(self) -> Array:
+        """All of it, as an array of bytes; nothing is kept mapped."""
+        raw = np.empty(self.length, np.uint8)
+        left = memoryview(raw.data)
+        with self._stream() as stream:
+            while len(left):
+                count = stream.readinto(left[:_PIECE])
+                if not count:
+                    raise self._changed()
+                left = left[count:]
+        return raw
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[BufferedReader]:
         try:
             with self.path.open("rb") as stream:
-                changed = self.modified and os.fstat(stream.fileno()).st_mtime_ns != self.modified
+                found = os.fstat(stream.fileno()).st_mtime_ns
+                if self.modified and self.length and found != self.modified:
+                    raise self._changed()
                 stream.seek(self.offset)
-                left = self.length
-                while left:
-                    piece = stream.read(min(left, _PIECE))
-                    if not piece or changed:
-                        raise OnnxqError(
-                            f"{self.path} has changed since the model was loaded", "run it again"
-                        )
-                    left -= len(piece)
-                    yield piece
+                yield stream
         except OSError as error:
             raise OnnxqError(
                 f"cannot read weights from {self.path}: {error.strerror}", "check the file"
             ) from error
 
-    def read(self) -> Array:
-        """All of it, as an array of bytes; nothing is kept mapped."""
-        raw = np.empty(self.length, np.uint8)
-        position = 0
-        for piece in self.pieces():
-            raw[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
-            position += len(piece)
-        return raw
+    def _changed(self) -> OnnxqError:
+        return OnnxqError(f"{self.path} has changed since the model was loaded", "run it again")
 
 
 class Values(LazyValues):  # type: ignore[misc]
