@@ -170,6 +170,9 @@ def test_what_a_result_depends_on(bench: Bench, what: str, monkeypatch: pytest.M
         monkeypatch.setattr(Peer, "environment", lambda self: {"numpy": "another"})
     bench.rows()
     assert bench.calls().count("good") == 2
+    # An output that is the same again is not judged again; what judges has packages too.
+    judgements = 2 if what in ("model", "packages") else 1
+    assert bench.judged.count("fake.good outputs") == judgements
 
 
 def test_results_do_not_depend_on_when_the_data_was_written(bench: Bench) -> None:

@@ -23,7 +23,7 @@ def test_cells_stand_under_their_headings() -> None:
         "size": "0.40",
         "SNR dB": "20.0",
         "cosine": "0.9900",
-        "perplexity": "21.250",
+        "perplexity": "21.25",
         "loads in ORT": "yes",
         "lint": "3",
         "compiles": "yes",
@@ -50,6 +50,21 @@ def test_what_went_wrong_is_said_in_the_cells() -> None:
     refused = row("nncf", "int8", share=None)
     assert (cell(refused, "compiles"), cell(refused, "8-bit FLOPs")) == ("no", "0")
     assert cell(row("floor", "forward"), "compiles") == ""
+    unread = row("nncf", "int8")
+    unread["linted"] = {"findings": None, "reason": "no model"}
+    assert cell(unread, "lint") == "?"
+
+
+def test_attention_that_is_two_products_is_not_fused() -> None:
+    made = row("modelopt", "int8")
+    made["compiled"]["products"] = {"attention": {"int8 gemms": 4, "fused fp16": 2}}
+    assert cell(made, "attention") == "2 of 6 fused"
+
+
+def test_a_perplexity_beyond_all_bounds_stays_short() -> None:
+    assert cell(row("modelopt", "int8", perplexity=1308638840257616384.0), "perplexity") == (
+        "1.30864e+18"
+    )
 
 
 def test_exact_outputs_are_infinitely_good() -> None:
@@ -62,11 +77,16 @@ def test_the_notes_give_every_reason() -> None:
     failed = row("nncf", "int8", failed="AssertionError")
     changed = row("modelopt", "int8", loads="fusion off", share=None)
     changed["input_changed"] = True
-    assert tables.notes([row("onnxq", "int8"), failed, changed]) == [
+    lesser = row("onnxruntime", "int8")
+    lesser["compiled"]["missed"] = 30
+    lesser["linted"]["severities"] = {"refused": 1, "portability": 2}
+    assert tables.notes([row("onnxq", "int8"), failed, changed, lesser]) == [
         "minilm nncf int8 fails: AssertionError",
         "minilm modelopt int8 changed its input file",
         "minilm modelopt int8, ONNX Runtime: no kernel",
         "minilm modelopt int8, sm89: Int32 is no type",
+        "minilm onnxruntime int8, sm89: 30 products do not run as the file means them to",
+        "minilm onnxruntime int8, lint: 1 refused, 2 portability",
     ]
 
 
@@ -121,6 +141,7 @@ def test_nan_is_the_worst(ours: float | None, theirs: float | None, reached: boo
         row("modelopt", "int8", model="smollm2", perplexity=theirs),
     )
     assert found["smollm2 int8: error"][1] is reached
+    assert "NaN or not run" in found["smollm2 int8: error"][0]
 
 
 def test_a_peer_whose_output_does_not_load_has_no_error_to_beat() -> None:
@@ -158,6 +179,7 @@ def test_losses_of_dynamic_recipes_are_to_dynamic_ones() -> None:
 def test_the_page_has_all_of_it() -> None:
     rows = [row("onnxq", "int8", snr=12.0), row("modelopt", "int8", snr=15.0, loads="fusion off")]
     rows[1]["outputs"]["reason"] = "a | b"
+    rows.append(row("modelopt", "int8-max", snr=1.0))
     page = tables.markdown("the command", "the machine", ["onnxq: 1"], rows, bars(rows))
     for expected in (
         "    the command\n",
@@ -169,8 +191,9 @@ def test_the_page_has_all_of_it() -> None:
         "- minilm modelopt int8, ONNX Runtime: a | b",
     ):
         assert expected in page
-    widths = {line.count("|") for line in page.splitlines() if line.startswith("| minilm |")}
-    assert len(widths) == 1
+    bar_lines = [line for line in page.splitlines() if line.startswith("| minilm int8")]
+    assert len(bar_lines) == 4
+    assert {line.replace("\\|", "").count("|") for line in bar_lines} == {5}
 
 
 def test_the_picture_shows_every_row_and_says_what_is_missing(tmp_path: Path) -> None:
@@ -188,6 +211,7 @@ def test_the_picture_shows_every_row_and_says_what_is_missing(tmp_path: Path) ->
     for expected in ("1.5", "12.3", "does not compile", "fails", "NaN", "does not load", "90%"):
         assert expected in first
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [text.get_text() for text in figure.axes[0].texts][3] == "fails"
     assert labels == ["floor forward", "onnxq int8", "modelopt int8", "nncf int8", "onnxsim fp8"]
     plot.draw(rows, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -68,16 +69,25 @@ def _error(title: str, ours: Row, theirs: Sequence[Row]) -> Bar:
         full = ours["outputs"]["reference"]
         mine = _or_worst(ours, "perplexity", float("inf"))
         best = min(_or_worst(r, "perplexity", float("inf")) for r in theirs)
-        measured = f"perplexity {mine:.3f}; theirs {best:.3f}; full {full:.3f}"
+        measured = f"perplexity {_named(mine)}; theirs {_named(best)}; full {full:.3f}"
         return Bar(f"{title}: error", measured, "lower", mine < best)
     mine = _or_worst(ours, "snr", float("-inf"))
     best = max(_or_worst(r, "snr", float("-inf")) for r in theirs)
-    return Bar(f"{title}: error", f"SNR {mine:.1f} dB; theirs {best:.1f}", "higher", mine > best)
+    return Bar(
+        f"{title}: error",
+        f"SNR {_named(mine, 1)} dB; theirs {_named(best, 1)}",
+        "higher",
+        mine > best,
+    )
 
 
 def _or_worst(row: Row, name: str, worst: float) -> float:
     value = row["outputs"].get(name)
     return worst if value is None else float(value)
+
+
+def _named(value: float, decimals: int = 3) -> str:
+    return f"{value:.{decimals}f}" if isfinite(value) else "NaN or not run"
 
 
 def usage(row: Row, name: str) -> float:

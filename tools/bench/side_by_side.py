@@ -27,7 +27,7 @@ _LIMIT = 3600.0
 _JUDGES = {
     "outputs": ("onnxq/evaluate", "tools/bench/judge.py"),
     "compiled": ("onnxq/engine", "tools/bench/judge.py", "tools/bench/flops.py"),
-    "linted": ("onnxq", "tools/bench/judge.py"),
+    "linted": ("onnxq/linting", "onnxq/graph", "tools/bench/judge.py"),
 }
 _NOTES = (".json", ".txt")
 _JUDGING = ("onnxruntime", "tensorrt-rtx", "numpy")
@@ -125,7 +125,7 @@ def _run(
     }
     known = _read(place / "result.json")
     if fresh or known.get("key") != key:
-        known = {"key": key, "runs": [], "judged": {}}
+        known = {"key": key, "runs": [], "judged": known.get("judged", {})}
     if len(known["runs"]) >= rounds or known.get("failed"):
         return
     print(f"{case.name}: {peer.name} {recipe} ...", file=sys.stderr, flush=True)

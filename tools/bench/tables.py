@@ -43,7 +43,7 @@ def _judged(row: Row) -> dict[str, str]:
         "size": f"{row['bytes'] / row['original_bytes']:.2f}",
         "SNR dB": _number(outputs.get("snr"), "{:.1f}", measured),
         "cosine": _number(outputs.get("cosine"), "{:.4f}", measured),
-        "perplexity": _number(outputs.get("perplexity"), "{:.3f}", "reference" in outputs),
+        "perplexity": _number(outputs.get("perplexity"), "{:.6g}", "reference" in outputs),
         "loads in ORT": outputs["loads"],
         "lint": _findings(row["linted"]),
         "compiles": "yes" if compiles else "no",
@@ -64,6 +64,10 @@ def notes(rows: Iterable[Row]) -> list[str]:
         for part, what in (("outputs", "ONNX Runtime"), ("compiled", "sm89")):
             if reason := row.get(part, {}).get("reason"):
                 lines.append(f"{title}, {what}: {reason}")
+        if missed := row.get("compiled", {}).get("missed"):
+            lines.append(f"{title}, sm89: {missed} products do not run as the file means them to")
+        if counts := row.get("linted", {}).get("severities"):
+            lines.append(f"{title}, lint: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
     return lines
 
 
@@ -123,8 +127,6 @@ def _number(value: float | str | None, how: str, measured: bool) -> str:
 
 
 def _findings(linted: Row) -> str:
-    if "findings" not in linted:
-        return ""
     return "?" if linted["findings"] is None else str(linted["findings"])
 
 
