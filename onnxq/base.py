@@ -36,7 +36,8 @@ def convert_base(
         calibrated: max |x| of some tensors over all samples.
     """
     from onnxq.calibrate.probe import measure_ranges
-    from onnxq.graph.precision import BASES, apply_precision, plan_precision
+    from onnxq.graph.casting import apply_precision
+    from onnxq.graph.precision import BASES, plan_precision
     from onnxq.graph.probe import range_probes
 
     if precision == "keep":

@@ -16,8 +16,9 @@ from onnx import TensorProto
 from onnx import helper as h
 
 from onnxq import quantize
+from onnxq.graph.casting import apply_precision
 from onnxq.graph.model import Model
-from onnxq.graph.precision import BASES, _types, apply_precision, plan_precision
+from onnxq.graph.precision import BASES, _types, plan_precision
 from onnxq.graph.prepare import infer_types, prepare
 from onnxq.graph.query import label, type_word
 from onnxq.graph.save import save
@@ -318,8 +319,7 @@ def test_masks_with_left_padding_and_hidden_rows(how: str) -> None:
     feeds = {"scores": normal(2, 9, 9, scale=20), "visible": visible}
     proto, kept, edits = converted(masked_softmax(how))
     assert not any("constant" in why for why in kept.values())
-    if how != "filled":
-        assert next(e.reason for e in edits if e.verb == "clamp").startswith("to -16384")
+    assert next(e.reason for e in edits if e.verb == "clamp").startswith("to -16384")
     reference, found = run(masked_softmax(how).model(), feeds)[0], evaluate(proto, feeds)[0]
     assert np.isfinite(found).all()
     seen = visible.any(-1)
@@ -420,6 +420,44 @@ def test_limits_of_clip_are_cut_to_the_range() -> None:
     assert snr(run(net.model(), feeds)[0], evaluate(proto, feeds)[0]) > FEW_ROUNDINGS
 
 
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_a_constant_that_is_a_mask_and_a_limit_becomes_each_as_its_reader_needs(
+    mask_first: bool,
+) -> None:
+    net = Net()
+    x, visible = net.input("x", ["m", 8]), net.input("visible", ["m", 8], bool)
+    low = net.const("low", LOWEST)
+    for is_mask in (mask_first, not mask_first):
+        if is_mask:
+            net.output(net.op("Softmax", net.op("Where", visible, x, low, name="/mask")))
+        else:
+            net.output(net.op("Max", x, low, name="/limit"))
+    proto, kept, edits = converted(net)
+    assert not kept and [e.target for e in edits] == ["low", "low"]
+    rows = -3e4 - 10 * np.arange(8, dtype=np.float32).reshape(1, 8)
+    feeds = {"x": rows, "visible": np.zeros((1, 8), bool)}
+    reference, found = run(net.model(), feeds), evaluate(proto, feeds)
+    np.testing.assert_allclose(found[mask_first], reference[mask_first], rtol=1e-3)
+    assert np.isfinite(found[not mask_first]).all()
+
+
+@pytest.mark.parametrize(("number", "factor"), [(1e5, 1e-2), (-1e5, 1e-2), (1e-9, 1.0)])
+def test_a_shape_filled_with_what_fp16_has_not_stays_fp32(number: float, factor: float) -> None:
+    """Neither is a mask's: one scales, the other guards a quotient against 0."""
+    net = Net()
+    x = net.input("x", ["m", 8])
+    value = h.make_tensor("v", TensorProto.FLOAT, [1], [number])
+    full = net.op("ConstantOfShape", net.op("Shape", x), value=value, name="/full")
+    scale = net.op("Mul", net.op("Abs", x), net.const("factor", factor))
+    net.output(net.op("Div", x, net.op("Add", scale, full, name="/guard"), name="/divide"))
+    proto, kept, _ = converted(net)
+    assert {"/full", "/guard", "/divide"} <= kept.keys() and "1e" in kept["/guard"]
+    feeds = {"x": normal(3, 8, scale=1e4)}
+    feeds["x"][1] = 0
+    reference, found = run(net.model(), feeds)[0], evaluate(proto, feeds)[0]
+    assert np.isfinite(found).all() and snr(reference, found) > FEW_ROUNDINGS
+
+
 # --- measured ranges ------------------------------------------------------------------------------
 
 
@@ -435,6 +473,19 @@ def test_what_was_measured_beyond_the_range_stays_fp32() -> None:
     assert not np.isfinite(plain).all(), "without ranges nothing can know"
     proto, kept, _ = converted(net, ranges={"/grow:0": peak})
     assert "measured at" in kept["/grow"] and "/fc" in kept
+    assert snr(run(net.model(), feeds)[0], evaluate(proto, feeds)[0]) > FEW_ROUNDINGS
+
+
+def test_behind_a_limit_beyond_the_range_measured_ranges_count() -> None:
+    """A limit is cut to the range as a mask is, but it hides nothing."""
+    net = Net()
+    x = net.input("x", ["m", 32])
+    limited = net.op("Clip", x, net.const("zero", 0.0), net.const("high", -LOWEST), name="/limit")
+    grown = net.op("Mul", limited, net.const("c", 3000.0), name="/grow")
+    net.output(net.op("MatMul", grown, net.weight("w", 32, 32, scale=1e-3), name="/fc"))
+    proto, kept, _ = converted(net, ranges={"/limit:0": 80.0, "/grow:0": 2.4e5})
+    assert "measured at" in kept["/grow"] and "/limit" not in kept
+    feeds = {"x": normal(4, 32, scale=20)}
     assert snr(run(net.model(), feeds)[0], evaluate(proto, feeds)[0]) > FEW_ROUNDINGS
 
 

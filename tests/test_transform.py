@@ -29,8 +29,9 @@ from test_attention import half_net, peaks_of
 
 import onnxq
 from onnxq.errors import OnnxqError
+from onnxq.graph.casting import apply_precision
 from onnxq.graph.model import Model
-from onnxq.graph.precision import BASES, apply_precision, plan_precision
+from onnxq.graph.precision import BASES, plan_precision
 from onnxq.graph.prepare import prepare
 from onnxq.graph.query import constant_operand
 from onnxq.graph.save import save

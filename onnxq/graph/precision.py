@@ -1,12 +1,12 @@
-"""Base precision: an FP32 graph in FP16 or BF16, except where that would overflow or lose itself.
+"""Which nodes of an FP32 graph stay FP32 in FP16 or BF16: what would overflow or lose itself.
 
-TensorRT takes every type from the file, so the conversion happens here. Which nodes stay FP32 is
-decided from known patterns, from the constants, and from measured ranges where there are any.
+Decided from known patterns, from the constants, and from measured ranges where there are any;
+`casting` does the conversion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.graph import patterns
-from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
-from onnxq.graph.query import has_subgraph, label, producer, type_number
+from onnxq.graph.query import has_subgraph, label
 from onnxq.graph.weights import array, constant_type
-from onnxq.report import Edit
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -68,15 +66,17 @@ BASES = {
 }
 
 _CARRIES_MASK = patterns.LAYOUT | {"Where", "Add", "Sub", "Mul", "Cast", "Min", "Max", "Clip"}
+_ENDS_MASK = ("Softmax", "LogSoftmax", "Exp", "Attention")
 _MASKING = patterns.LAYOUT | {"Where", "Mul", "Add"}
+_MOVING = patterns.LAYOUT | {"Where", "ConstantOfShape"}
+"""What gives a constant's values on as they are."""
 _TYPED_BY_ATTRIBUTE = frozenset(
     (
         *("Constant", "EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike"),
         *("RandomUniformLike", "Bernoulli", "Multinomial"),
     )
 )
-_ANY_TYPE = ("Shape", "Size", "Cast")
-"""What reads values of any type: no Cast before it."""
+_FP32_ALONE = {"tensor(float)"}
 _RANGE_MARGIN = 0.9
 
 
@@ -88,13 +88,14 @@ class PrecisionPlan:
         base: the 16-bit type of all others.
         kept: id(node) -> reason.
         wide: names of tensors that stay FP32 even as inputs or outputs of the graph -> reason.
-        clamped: names of constants whose value is cut to the range, with what they become.
+        clamped: (id(node), name of a constant it reads, or its own) whose values are cut to the
+            range -> what the largest becomes.
     """
 
     base: Base
     kept: dict[int, str] = field(default_factory=dict)
     wide: dict[str, str] = field(default_factory=dict)
-    clamped: dict[str, float] = field(default_factory=dict)
+    clamped: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def keep(self, node: gs.Node, reason: str) -> None:
         """Let a node stay FP32; the first reason stands."""
@@ -157,26 +158,36 @@ def _structural(model: Model, node: gs.Node, base: Base, captured: set[str]) -> 
     if any(t.dtype is None and t.name for t in (*node.inputs, *node.outputs)):
         return "types beyond it are unknown"
     try:
-        schema = onnx.defs.get_schema(node.op, model.opset, node.domain or "")
+        schema = _schema(model, node)
     except onnx.defs.SchemaError:
         return f"custom operator {node.domain or ''}::{node.op}"
     wanted = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[base.name]
-    for formal, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
+    for formals, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
         for index, tensor in enumerate(actual):
-            types = _types(schema, formal, index)
-            if is_fp32(tensor) and not types & {wanted} and not _pinned(schema, formal, index):
+            types = _types(schema, formals, index)
+            if is_fp32(tensor) and types != _FP32_ALONE and wanted not in types:
                 return f"ONNX has no {base.name} {node.op} at opset {model.opset}"
     return "its type is an attribute" if node.op in _TYPED_BY_ATTRIBUTE else None
 
 
-def _pinned(schema: Any, formal: Any, index: int) -> bool:
-    """Whether the operator takes FP32 and nothing else at that place (Resize's scales)."""
-    return _types(schema, formal, index) == {"tensor(float)"}
+def fp32_alone(model: Model, node: gs.Node) -> tuple[set[int], set[int]]:
+    """Which inputs and which outputs take FP32 and nothing else (Resize's scales)."""
+    schema = _schema(model, node)
+    pairs = ((schema.inputs, node.inputs), (schema.outputs, node.outputs))
+    inputs, outputs = (
+        {i for i in range(len(actual)) if _types(schema, formals, i) == _FP32_ALONE}
+        for formals, actual in pairs
+    )
+    return inputs, outputs
 
 
-def _types(schema: Any, formal: Any, index: int) -> set[str]:
+def _schema(model: Model, node: gs.Node) -> Any:
+    return onnx.defs.get_schema(node.op, model.opset, node.domain or "")
+
+
+def _types(schema: Any, formals: Any, index: int) -> set[str]:
     """The types an operand may have; onnx 1.20 cannot give the operand's own list of them."""
-    name = formal[min(index, len(formal) - 1)].type_str
+    name = formals[min(index, len(formals) - 1)].type_str
     constraints = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
     return set(constraints.get(name, [name]))
 
@@ -185,31 +196,54 @@ def _judge_constants(node: gs.Node, plan: PrecisionPlan) -> None:
     """Constants that do not survive the cast: clamp a mask's, keep the node for any other."""
     if id(node) in plan.kept:
         return
-    for index, tensor in enumerate(node.inputs):
-        if not isinstance(tensor, gs.Constant) or not is_fp32(tensor):
-            continue
-        finite = array(tensor)
-        if finite.size == 0:
-            continue
-        largest = max(float(finite.max()), -float(finite.min()))
-        if not np.isfinite(largest):
-            finite = finite[np.isfinite(finite)]
-            largest = float(np.abs(finite).max(initial=0.0))
+    for name, tensor in _constants(node):
+        finite, largest = _finite(array(tensor))
         if largest > plan.base.largest:
-            clamp = _clamp_to(node, index, finite, plan.base)
+            clamp = _clamp_to(node, finite, plan.base)
             if clamp is None:
-                plan.kept[id(node)] = f"constant {tensor.name!r} reaches {largest:.3g}"
+                _keep_moved(node, plan, f"constant {name!r} reaches {largest:.3g}")
                 return
-            plan.clamped[tensor.name] = clamp
+            plan.clamped[id(node), name] = clamp
         elif 0 < largest < plan.base.smallest and not _is_offset(node, tensor):
-            plan.kept[id(node)] = (
-                f"constant {tensor.name!r} is {largest:.3g}, 0 or nearly so in {plan.base.name}"
+            _keep_moved(
+                node,
+                plan,
+                f"constant {name!r} is {largest:.3g}, 0 or nearly so in {plan.base.name}",
             )
             return
 
 
+def _finite(values: Any) -> tuple[Any, float]:
+    """The finite values and the largest magnitude of them; without a copy where all are."""
+    largest = max(float(values.max()), -float(values.min())) if values.size else 0.0
+    if np.isfinite(largest):
+        return values, largest
+    finite = values[np.isfinite(values)]
+    return finite, float(np.abs(finite).max(initial=0.0))
+
+
+def _constants(node: gs.Node) -> Iterator[tuple[str, gs.Constant]]:
+    """FP32 constants the node reads, and what a ConstantOfShape fills with; each with a name."""
+    yield from ((t.name, t) for t in node.inputs if isinstance(t, gs.Constant) and is_fp32(t))
+    value = node.attrs.get("value")
+    if node.op == "ConstantOfShape" and value is not None and is_fp32(value):
+        yield label(node), value
+
+
+def _keep_moved(node: gs.Node, plan: PrecisionPlan, reason: str) -> None:
+    """Keep a node, and where it only moves values, what computes with them."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        plan.keep(node, reason)
+        readers = [c for t in node.outputs for c in t.outputs if id(c) not in plan.kept]
+        waiting += readers if node.op in _MOVING else []
+
+
 def _is_offset(node: gs.Node, tensor: gs.Constant) -> bool:
     """A bias, which may vanish; not the guard against zero of what divides or takes a root."""
+    if node.op in _MOVING:
+        return False
     if node.op not in ("Add", "Sub"):
         weight = node.inputs[min(1, len(node.inputs) - 1)]
         return tensor is not weight and len(tensor.shape) > 0
@@ -217,13 +251,25 @@ def _is_offset(node: gs.Node, tensor: gs.Constant) -> bool:
     return all(consumer.op not in guarded for consumer in node.outputs[0].outputs)
 
 
-def _clamp_to(node: gs.Node, index: int, finite: Any, base: Base) -> float | None:
+def _clamp_to(node: gs.Node, finite: Any, base: Base) -> float | None:
     """What an out-of-range constant may become without changing what the node means."""
-    if node.op in _MASKING and bool(((finite <= -base.largest) | (np.abs(finite) <= 1)).all()):
-        return base.fill
     if node.op in ("Clip", "Min", "Max"):
         return base.largest if float(finite.max()) > 0 else -base.largest
-    return None
+    fills = bool(((finite <= -base.largest) | (np.abs(finite) <= 1)).all())
+    masks = node.op in _MASKING or node.op == "ConstantOfShape"
+    return base.fill if fills and masks and _reaches_softmax(node) else None
+
+
+def _reaches_softmax(node: gs.Node) -> bool:
+    waiting, seen = [node], {id(node)}
+    while waiting:
+        for reader in (c for t in waiting.pop().outputs for c in t.outputs):
+            if reader.op in _ENDS_MASK:
+                return True
+            if reader.op in _CARRIES_MASK and id(reader) not in seen:
+                seen.add(id(reader))
+                waiting.append(reader)
+    return False
 
 
 def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]) -> None:
@@ -242,176 +288,10 @@ def _judge_ranges(model: Model, plan: PrecisionPlan, ranges: Mapping[str, float]
 
 def _masked(model: Model, plan: PrecisionPlan) -> set[str]:
     """Tensors whose huge values are a mask's fill, which is clamped; softmax ends its reach."""
+    masking = {node for (node, _), value in plan.clamped.items() if value == plan.base.fill}
     reached: set[str] = set()
     for node in model.graph.nodes:
-        sources = {t.name for t in node.inputs}
-        if sources & plan.clamped.keys() or (node.op in _CARRIES_MASK and sources & reached):
+        carried = node.op in _CARRIES_MASK and any(t.name in reached for t in node.inputs)
+        if id(node) in masking or carried:
             reached |= {t.name for t in node.outputs}
     return reached
-
-
-def apply_precision(model: Model, plan: PrecisionPlan, *, convert_io: bool = False) -> list[Edit]:
-    """Cast weights and attributes, and put one Cast wherever FP32 and 16 bits meet."""
-    editor = Editor(model)
-    caster = _Caster(editor, plan)
-    edits: list[Edit] = []
-    before = list(model.graph.tensors().values())  # alive, so that their ids stay theirs
-    fp32 = {id(t) for t in before if is_fp32(t)}
-    if convert_io:
-        edits += _convert_inputs(model, plan)
-    for node in list(model.graph.nodes):
-        if not any(id(t) in fp32 for t in (*node.inputs, *node.outputs)):
-            continue
-        kept = id(node) in plan.kept
-        if kept:
-            edits.append(Edit("precision", "keep fp32", label(node), plan.kept[id(node)]))
-        pinned = () if kept else _pinned_inputs(model, node)
-        for index, tensor in enumerate(list(node.inputs)):
-            if id(tensor) in fp32 and node.op not in _ANY_TYPE:
-                wanted = FLOAT if kept or index in pinned else plan.base.onnx_type
-                caster.feed(node, index, tensor, wanted)
-        if not kept:
-            _convert_outputs(editor, node, plan, fp32)
-    for name, value in plan.clamped.items():
-        edits.append(
-            Edit("precision", "clamp", name, f"to {value:g}, which is inside {plan.base.name}")
-        )
-    edits += _type_outputs(editor, plan, fp32, convert_io)
-    _drop_idle_casts(editor, fp32)
-    editor.finish()
-    return edits
-
-
-def _convert_inputs(model: Model, plan: PrecisionPlan) -> list[Edit]:
-    """FP32 inputs become 16 bits wide, but for those that the plan keeps."""
-    edits = []
-    for tensor in model.graph.inputs:
-        if is_fp32(tensor) and tensor.name in plan.wide:
-            edits.append(Edit("precision", "keep fp32", tensor.name, plan.wide[tensor.name]))
-        elif is_fp32(tensor) and not isinstance(tensor, gs.Constant):
-            tensor.dtype = plan.base.graph_dtype
-    return edits
-
-
-def _convert_outputs(editor: Editor, node: gs.Node, plan: PrecisionPlan, fp32: set[int]) -> None:
-    if node.op == "Cast" and any(id(t) in fp32 for t in node.outputs):
-        editor.set_attribute(node, "to", plan.base.onnx_type)
-    if node.op == "ConstantOfShape":
-        value = node.attrs.get("value")
-        number = float(array(value).reshape(-1)[0]) if value is not None else 0.0
-        if abs(number) > plan.base.largest and np.isfinite(number):
-            number = plan.base.fill if number < 0 else plan.base.largest
-        content = np.array([number], np.float32).astype(plan.base.dtype)
-        editor.set_attribute(node, "value", editor.constant("value", content))
-    schema = onnx.defs.get_schema(node.op, editor.model.opset, node.domain or "")
-    for index, tensor in enumerate(node.outputs):
-        if id(tensor) in fp32 and not _pinned(schema, schema.outputs, index):
-            tensor.dtype = plan.base.graph_dtype
-
-
-def _drop_idle_casts(editor: Editor, fp32: set[int]) -> None:
-    """Casts that change nothing any more, now that what they read or make has 16 bits."""
-    outputs = {id(t) for t in editor.model.graph.outputs}
-    casts = [n for n in editor.model.graph.nodes if n.op == "Cast"]
-    for node in [n for n in casts if any(id(t) in fp32 for t in (*n.inputs, *n.outputs))]:
-        if type_number(node.inputs[0]) == type_number(node.outputs[0]):
-            if id(node.outputs[0]) not in outputs:
-                editor.redirect(node.outputs[0], node.inputs[0])
-            else:
-                node.op = "Identity"
-                editor.set_attribute(node, "to", None)
-
-
-def _pinned_inputs(model: Model, node: gs.Node) -> tuple[int, ...]:
-    schema = onnx.defs.get_schema(node.op, model.opset, node.domain or "")
-    return tuple(i for i in range(len(node.inputs)) if _pinned(schema, schema.inputs, i))
-
-
-def _type_outputs(editor: Editor, plan: PrecisionPlan, fp32: set[int], convert: bool) -> list[Edit]:
-    """Graph outputs keep their FP32, or become 16 bits wide: one Cast each, under its name."""
-    graph, base, edits = editor.model.graph, plan.base, []
-    for index, tensor in enumerate(list(graph.outputs)):
-        if id(tensor) not in fp32 or is_fp32(tensor) != convert or not tensor.inputs:
-            continue
-        if convert and tensor.name in plan.wide:
-            edits.append(Edit("precision", "keep fp32", tensor.name, plan.wide[tensor.name]))
-            continue
-        name, source = tensor.name, tensor.inputs[0]
-        if convert and source.op == "Cast" and not tensor.outputs:
-            _convert_outputs(editor, source, plan, fp32)
-            continue
-        tensor.name = editor.unique(f"{name}_{'fp32' if convert else base.name}")
-        dtype = base.graph_dtype if convert else np.dtype(np.float32)
-        out = gs.Variable(name, dtype=dtype, shape=tensor.shape)
-        to = base.onnx_type if convert else FLOAT
-        node = gs.Node("Cast", editor.unique(f"{name}_Cast"), {"to": to}, [tensor], [out])
-        graph.nodes.append(node)
-        graph.outputs[index] = out
-        editor.model.inherit_metadata(node, source)
-    return edits
-
-
-class _Caster:
-    """Casts of tensors and constants, each made once."""
-
-    def __init__(self, editor: Editor, plan: PrecisionPlan) -> None:
-        self.editor, self.plan = editor, plan
-        self._cast: dict[tuple[int, int], gs.Tensor] = {}
-
-    def feed(self, node: gs.Node, index: int, tensor: gs.Tensor, wanted: int) -> None:
-        """Let the node read `tensor` in the wanted type."""
-        if isinstance(tensor, gs.Constant):
-            if wanted != FLOAT:
-                self.editor.replace_input(node, index, self._constant(tensor, wanted))
-        elif self._type(tensor) != wanted:
-            self.editor.replace_input(node, index, self._converted(tensor, wanted, node))
-
-    def _type(self, tensor: gs.Tensor) -> int:
-        return FLOAT if is_fp32(tensor) else self.plan.base.onnx_type
-
-    def _converted(self, tensor: gs.Tensor, wanted: int, like: gs.Node) -> gs.Tensor:
-        """`tensor` in another type; what was cast to FP32 is taken from before that Cast."""
-        cast = producer(tensor)
-        origin = cast.inputs[0] if cast is not None and cast.op == "Cast" else tensor
-        if isinstance(origin, gs.Constant) or is_fp32(origin):
-            origin = tensor
-        if type_number(origin) == wanted:
-            return origin
-        key = (id(origin), wanted)
-        if key not in self._cast:
-            base = self.plan.base
-            dtype = np.dtype(np.float32) if wanted == FLOAT else base.graph_dtype
-            suffix = "fp32" if wanted == FLOAT else base.name
-            self._cast[key] = self.editor.node(
-                "Cast",
-                f"{tensor.name}_Cast_{suffix}",
-                [origin],
-                f"{tensor.name}_{suffix}",
-                dtype,
-                tensor.shape,
-                like=like,
-                to=wanted,
-            )
-        return self._cast[key]
-
-    def _constant(self, tensor: gs.Constant, wanted: int) -> gs.Constant:
-        key = (id(tensor), wanted)
-        if key not in self._cast:
-            low, dtype = self.plan.clamped.get(tensor.name), self.plan.base.dtype
-
-            def produce() -> Any:
-                values = array(tensor)
-                if low is not None:
-                    finite = np.isfinite(values)
-                    bound = abs(low)
-                    values = np.where(finite, np.clip(values, -bound, bound), values)
-                return values.astype(dtype)
-
-            name = f"{tensor.name}_{self.plan.base.name}"
-            if int(np.prod(tensor.shape or (1,))) * 2 < 1024:
-                self._cast[key] = self.editor.constant(name, produce())
-            else:
-                self._cast[key] = self.editor.derived(
-                    name, wanted, tuple(tensor.shape), produce, origin=tensor
-                )
-        return self._cast[key]

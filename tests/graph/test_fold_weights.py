@@ -18,10 +18,11 @@ from onnxq.calibrate.probe import measure_ranges
 from onnxq.errors import OnnxqError
 from onnxq.gpus import target
 from onnxq.graph import rescale
+from onnxq.graph.casting import apply_precision
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import find_fold
 from onnxq.graph.model import Model
-from onnxq.graph.precision import BASES, apply_precision, plan_precision
+from onnxq.graph.precision import BASES, plan_precision
 from onnxq.graph.prepare import prepare
 from onnxq.graph.probe import range_probes
 from onnxq.graph.query import constant_operand
