@@ -211,7 +211,7 @@ def runnable(path: Path) -> contextlib.AbstractContextManager[tuple[Path, tuple[
     """`graph.simulate.runnable` for the ONNX Runtime that is installed."""
     from onnxq.graph import simulate
 
-    return simulate.runnable(path, rounds_halves=_rounds_halves())
+    return simulate.runnable(path, rounds_halves=_rounds_halves(), bf16=_computes_bf16())
 
 
 def _rounds_halves() -> bool:
@@ -222,6 +222,15 @@ def _rounds_halves() -> bool:
         return True
     major, minor = onnxruntime.__version__.split(".")[:2]
     return (int(major), int(minor)) >= _ROUNDS_HALVES_FROM
+
+
+def _computes_bf16() -> bool:
+    """Whether ONNX Runtime may find BF16 kernels: its CPU has none."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return True
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def gpu_present() -> bool:

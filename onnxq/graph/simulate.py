@@ -3,6 +3,7 @@
 FP4 weights           every value of E2M1 is one of E4M3: the same codes in 8 bits, the same scales
 E8M0 scales           powers of two: the same in FP32
 TensorRT's operators  see `tensorrt_ops`
+BF16 on the CPU       see `simulate_bf16`
 FP16 to integers      QuantizeLinear reads FP32, where ONNX Runtime's own of FP16 cuts off
 
 Nothing else of the graph changes; its FP16 stays FP16.
@@ -30,6 +31,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.query import label, type_number
 from onnxq.graph.reading import read_proto
 from onnxq.graph.save import save
+from onnxq.graph.simulate_bf16 import uses_bf16, widen
 from onnxq.graph.tensorrt_ops import OPERATORS
 from onnxq.graph.weights import DerivedValues, Values, constant_type, original
 from onnxq.progress import Progress, silent
@@ -49,7 +51,7 @@ _PART = 1 << 18  # bytes looked up at a time: numpy makes eight of each for the 
 
 @contextmanager
 def runnable(
-    path: Path, progress: Progress = silent, *, rounds_halves: bool = True
+    path: Path, progress: Progress = silent, *, rounds_halves: bool = True, bf16: bool = True
 ) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """A model to run in place of the one at `path`, and what must be said of that.
 
@@ -58,17 +60,21 @@ def runnable(
 
     Args:
         rounds_halves: whether its QuantizeLinear from FP16 to integers rounds, as ONNX asks.
+        bf16: whether it computes in BF16.
 
     Raises:
         OnnxqError: an operator of TensorRT in a form that is not simulated, or no space.
     """
-    if path.suffix != ".onnx" or not _lacks_kernels(path, rounds_halves):
+    if path.suffix != ".onnx" or not _lacks_kernels(path, rounds_halves, bf16):
         yield path, ()
         return
     model = Model.load(path)
     notes = simulate(model)
     if not rounds_halves:
         notes += _quantize_in_fp32(model)
+    count = 0 if bf16 else widen(model)
+    if count:
+        notes += (f"{count} nodes of BF16 ran in FP32, rounded to BF16: no kernels on this device",)
     with scratch() as folder:
         written = save(model, folder / path.name, external=True, progress=progress)
         yield written[0], notes
@@ -119,7 +125,7 @@ def _quantize_in_fp32(model: Model) -> tuple[str, ...]:
     )
 
 
-def _lacks_kernels(path: Path, rounds_halves: bool) -> bool:
+def _lacks_kernels(path: Path, rounds_halves: bool, bf16: bool) -> bool:
     try:
         proto, _ = read_proto(path)
     except OnnxqError:  # whoever opens it says what is wrong
@@ -130,7 +136,12 @@ def _lacks_kernels(path: Path, rounds_halves: bool) -> bool:
     types |= {node.output[0]: attribute.t.data_type for node, attribute in inside}
     own = any(n.domain == _TENSORRT and n.op_type in OPERATORS for n in graph.node)
     cut = (_cuts_halves(n.op_type, [types.get(name, 0) for name in n.input]) for n in graph.node)
-    return own or bool(set(types.values()) & _NARROW.keys()) or (not rounds_halves and any(cut))
+    return (
+        own
+        or bool(set(types.values()) & _NARROW.keys())
+        or (not rounds_halves and any(cut))
+        or (not bf16 and uses_bf16(graph))
+    )
 
 
 def _cuts_halves(op: str, types: Sequence[int]) -> bool:
