@@ -24,7 +24,7 @@ from onnxq.graph import absorb_layout as _layout  # noqa: F401  registers its ru
 from onnxq.graph.absorb import Absorber, Index, Part, StopError, Trace
 from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.edit import Editor
-from onnxq.graph.fold_range import Half, half_type, is_offset, narrow
+from onnxq.graph.fold_range import TYPES, Half, half_type, is_offset, narrow
 from onnxq.graph.fold_readers import read_by
 from onnxq.graph.model import Model
 from onnxq.graph.query import constant_operand, label, type_number
@@ -122,6 +122,41 @@ class Fold:
             low, high = least[self.tie], most[self.tie]
         return low, high
 
+    def rounded(self, s: NDArray[np.floating], base: Half | None = None) -> Factors:
+        """s, changed by its last bits so that a gain divided by it is a 16-bit number.
+
+        Rounding gain / s errs alike for every token; W * s is rounded value by value anyway, and
+        takes the difference. `apply` does it for gains that are in 16 bits already.
+
+        Args:
+            base: the 16-bit type the model is going to be converted to.
+        """
+        values = np.array(s, np.float64)
+        gains = [p for p in self.parts if not is_offset(p) and self._is_gain(p)]
+        if len(gains) != 1 or self.tie is not None:
+            return values
+        operand = constant_operand(gains[0].node, gains[0].input)
+        half = half_type(operand.constant, base) if operand is not None else None
+        if operand is None or half is None:
+            return values
+        index = gains[0].index
+        gain = np.broadcast_to(operand.load().astype(np.float64), index.shape)
+        power = 1 if gains[0].multiply else -1
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            near = (gain * values[index] ** power).astype(TYPES[half]).astype(np.float64)
+            found = (near / gain) ** power
+        good = np.isfinite(found) & (found > 0)
+        values[index[good]] = found[good]
+        return values
+
+    def _is_gain(self, part: Part) -> bool:
+        """Whether a part is a vector of one value per channel."""
+        return (
+            part.index.size == self.size
+            and np.array_equal(np.sort(part.index, axis=None), np.arange(self.size))
+            and part.node.op not in ("MatMul", "Gemm", "Conv", "ConvTranspose")
+        )
+
     def apply(self, editor: Editor, s: NDArray[np.floating]) -> Edit:
         """Divide what comes before by s, and multiply the readers' weights by it.
 
@@ -139,6 +174,7 @@ class Fold:
 
     def _apply(self, editor: Editor, s: Factors) -> Edit:
         low, high = self.bounds()
+        s = self.rounded(s)
         if ((s < low) | (s > high)).any():
             at = int(np.argmax((s < low) | (s > high)))
             raise OnnxqError(

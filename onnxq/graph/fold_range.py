@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -19,6 +20,7 @@ _HALVES: dict[int, Half] = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
+TYPES: dict[Half, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 _MARGIN = 0.9
 
 
