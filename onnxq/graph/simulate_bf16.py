@@ -59,7 +59,7 @@ def widen(model: Model) -> int:
     _widen_constants(editor)
     for node in list(model.graph.nodes):
         made = [t for t in node.outputs if type_number(t) == _BF16]
-        if made and not _is_rounding(node):
+        if made and node.op != "Cast":
             count += 1
             _retype_attributes(editor, node)
         for tensor in made:
@@ -78,14 +78,7 @@ def _refuse_bodies(model: Model) -> None:
             )
 
 
-def _is_rounding(node: gs.Node) -> bool:
-    """A Cast to BF16 of another type: it does itself what is asked for."""
-    return node.op == "Cast" and type_number(node.inputs[0]) != _BF16
-
-
 def _retype_attributes(editor: Editor, node: gs.Node) -> None:
-    if node.op == "Cast":
-        editor.set_attribute(node, "to", _FP32)
     if node.attrs.get("output_dtype") == _BF16:
         editor.set_attribute(node, "output_dtype", _FP32)
     value = node.attrs.get("value")
@@ -110,7 +103,7 @@ def _widen_constants(editor: Editor) -> None:
 
 def _widen_output(editor: Editor, node: gs.Node, tensor: gs.Tensor) -> None:
     """Consumers read FP32; `tensor` stays BF16 under its name, for the graph's output."""
-    if _is_rounding(node):
+    if node.op == "Cast":  # to BF16: it rounds by itself
         _read_instead(tensor, _cast(editor, tensor, _FP32, like=node))
         return
     raw = editor.variable(f"{tensor.name}_fp32", _NUMPY_FP32, tensor.shape)
@@ -119,7 +112,7 @@ def _widen_output(editor: Editor, node: gs.Node, tensor: gs.Tensor) -> None:
     node.outputs[index] = raw
     name = editor.unique(f"{tensor.name}_Cast")
     editor.add(gs.Node("Cast", name, {"to": _BF16}, [raw], [tensor]), node)
-    if node.op in _EXACT or node.op == "Cast":
+    if node.op in _EXACT:
         _read_instead(tensor, raw, consumers)
     else:
         _read_instead(tensor, _cast(editor, tensor, _FP32, like=node), consumers)

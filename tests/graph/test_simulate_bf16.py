@@ -128,6 +128,26 @@ def test_casts_to_bf16_round(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, (narrow * narrow).astype(np.float32))
 
 
+@pytest.mark.parametrize("inside", ["cast", "constant"])
+def test_bf16_inside_alone_is_seen(tmp_path: Path, inside: str) -> None:
+    """Inputs and outputs in FP32, and no types stated between."""
+    c = some(40)
+    nodes = [h.make_node("Mul", ["c", "c"], ["square"])]
+    if inside == "cast":
+        nodes.insert(0, h.make_node("Cast", ["x"], ["c"], to=T.BFLOAT16))
+    nodes.append(h.make_node("Cast", ["square"], ["wide"], to=T.FLOAT))
+    nodes.append(h.make_node("Add", ["x", "wide"], ["y"]))
+    constants = [constant("c", c)] if inside == "constant" else []
+    path = saved(tmp_path / "m.onnx", nodes, {"y": T.FLOAT}, constants, (40,))
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = T.FLOAT
+    onnx.save(model, path)
+    x = RNG.standard_normal(40).astype(np.float32)
+    (found,) = run(path, x)
+    c = x.astype(BF16) if inside == "cast" else c
+    np.testing.assert_array_equal(found, x + (c * c).astype(np.float32))
+
+
 def test_outputs_that_are_read_inside_too(tmp_path: Path) -> None:
     """Outputs keep name and type; what moves values stays what it was."""
     nodes = [
