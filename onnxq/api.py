@@ -52,6 +52,7 @@ def quantize(
     device: Device = "auto",
     save_calib: PathLike | None = None,
     load_calib: Sequence[PathLike] = (),
+    requantize: bool = False,
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Quantized:
@@ -70,13 +71,14 @@ def quantize(
         calibrator: replaces the recipe's.
         memory: bytes of watched activations held at a time.
         save_calib, load_calib: keep the calibration table; use saved ones instead of data.
+        requantize: take out the quantization that the model has; else such a model is refused.
         announce: is told the recipe, and why it was chosen, before anything that takes long.
 
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
     from onnxq.algorithms import STEPS
-    from onnxq.graph.save import save
+    from onnxq.graph.model import Model
     from onnxq.inputs import layer_inputs
     from onnxq.rescaling import rescale
     from onnxq.solving import Solver
@@ -92,8 +94,13 @@ def quantize(
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
     announce(report.title)
 
-    graph, placement = _placed(source, chosen, target, report, precision)
+    graph, placement = _placed(source, chosen, target, report, precision, requantize)
     before = _facts_before(graph)
+    report.facts.update(**before, target=target, recipe=chosen.as_dict(), calibration=None)
+    if not placement.quantized and not requantize:
+        report.notes[-1] += ": the model is copied as it is"
+        report.edits.clear()
+        return _saved(Model.load(source), destination, placement, report, started, progress)
     samples = data.open(graph.inputs(), progress) if data.given else None
     table = _calibrate(graph, placement, samples, load_calib, memory, device, progress)
     if table is not None:
@@ -124,20 +131,8 @@ def quantize(
         report.edits += solver.edits()
         report.facts["rounding"] = solver.facts()
     record.stamp(graph, chosen, target, precision, digest)
-    written = save(graph, destination, progress=progress)
-
-    report.facts.update(
-        **before,
-        output=written[0],
-        files=written,
-        target=target,
-        recipe=chosen.as_dict(),
-        sites=_site_counts(placement),
-        bytes_after=sum(p.stat().st_size for p in written),
-        calibration=digest,
-        seconds=round(time.monotonic() - started, 2),
-    )
-    return Quantized(report, True, tuple(written), placement)
+    report.facts.update(calibration=digest)
+    return _saved(graph, destination, placement, report, started, progress)
 
 
 def inspect(
@@ -341,8 +336,35 @@ def choose_recipe(
     return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
 
 
+def _saved(
+    graph: Model,
+    destination: Path,
+    placement: Placement,
+    report: Report,
+    started: float,
+    progress: Progress,
+) -> Quantized:
+    """Write the model, and the figures of the run into the report."""
+    from onnxq.graph.save import save
+
+    written = save(graph, destination, progress=progress)
+    report.facts.update(
+        output=written[0],
+        files=written,
+        sites=_site_counts(placement),
+        bytes_after=sum(p.stat().st_size for p in written),
+        seconds=round(time.monotonic() - started, 2),
+    )
+    return Quantized(report, True, tuple(written), placement)
+
+
 def _placed(
-    source: Path, recipe: Recipe, target: str, report: Report, precision: Precision = "keep"
+    source: Path,
+    recipe: Recipe,
+    target: str,
+    report: Report,
+    precision: Precision = "keep",
+    requantize: bool = False,
 ) -> tuple[Model, Placement]:
     """Load, prepare and place; what that changed or found goes into the report."""
     from onnxq.graph.model import Model
@@ -355,10 +377,31 @@ def _placed(
         opset = max(opset, BASES[precision].min_opset)
     model, edits = prepare(Model.load(source), opset)
     report.edits += edits
+    if requantize:
+        _strip(model, report)
     placement = place(model, recipe, find_target(target))
     if not placement.quantized:
         report.notes.append("there is no node to quantize")
     return model, placement
+
+
+def _strip(model: Model, report: Report) -> None:
+    """Take out the quantization a model has, and say what that was."""
+    from onnxq.graph.strip import strip_quantization
+
+    edits = strip_quantization(model)
+    record.erase(model)
+    report.edits += edits
+    counts = {verb: sum(e.verb == verb for e in edits) for verb in _STRIPPED}
+    said = [what.format(n) for verb, what in _STRIPPED.items() if (n := counts[verb])]
+    report.notes.append(f"stripped first: {'; '.join(said) or 'nothing, it is not quantized'}")
+
+
+_STRIPPED = {
+    "dequantize": "{} weights are the floats their codes stood for, with their rounding",
+    "remove Q/DQ": "the Q/DQ of {} activations",
+    "remove scales": "the scales computed for {} layers",
+}
 
 
 def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:

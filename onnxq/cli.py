@@ -176,6 +176,7 @@ _RULES = click.option(
     multiple=True,
     help="Use saved tables; several are merged.",
 )
+@click.option("--requantize", is_flag=True, help="Take out the quantization MODEL has, then go on.")
 @_REPORT
 @click.pass_obj
 def quantize(

@@ -23,6 +23,7 @@ from onnxq.gpus import Target
 from onnxq.graph.model import Model
 from onnxq.graph.query import label
 from onnxq.graph.roles import first_convolutions, last_layers
+from onnxq.graph.strip import is_quantized
 from onnxq.reasons import Context, head_sizes, obstacle, reason_to_leave
 from onnxq.recipe import Recipe, Rule
 from onnxq.schemes import granularity
@@ -117,19 +118,10 @@ def _refuse_target(recipe: Recipe, target: Target) -> None:
 
 def _refuse_quantized(model: Model) -> None:
     for node in model.graph.nodes:
-        if node.op in (
-            "QuantizeLinear",
-            "DequantizeLinear",
-            "DynamicQuantizeLinear",
-            "QLinearMatMul",
-            "QLinearConv",
-            "MatMulInteger",
-            "ConvInteger",
-            "MatMulNBits",
-        ):
+        if is_quantized(node):
             raise OnnxqError(
                 f"{model.path} is quantized already ({node.op} {label(node)!r})",
-                "start from the full-precision model",
+                "start from the full-precision model, or take it out with --requantize",
             )
 
 

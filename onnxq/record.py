@@ -35,6 +35,13 @@ def stamp(
     entry.key, entry.value = KEY, json.dumps(content, sort_keys=True)
 
 
+def erase(model: Model) -> None:
+    """Take out the record of an earlier run."""
+    kept = [e for e in model.header.metadata_props if e.key != KEY]
+    model.header.ClearField("metadata_props")
+    model.header.metadata_props.extend(kept)
+
+
 def read(model: Model) -> dict[str, Any] | None:
     """The record of the run that wrote a model; None for a model of another hand."""
     text = {e.key: e.value for e in model.header.metadata_props}.get(KEY)

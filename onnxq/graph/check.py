@@ -24,6 +24,7 @@ from onnxq.graph.operators import check_operators
 MAX_NODES = 200_000
 """Also after functions are unfolded: those that call functions can make a small file endless."""
 
+MAX_ATTRIBUTES = 1000
 MAX_CALL_DEPTH = 100
 MAX_RANK = 32
 """Of an array in numpy 1; ONNX Runtime and TensorRT take fewer dimensions."""
@@ -86,6 +87,11 @@ def check_proto(proto: onnx.ModelProto) -> None:
         if len(getattr(proto.graph, part)) > MAX_NODES:
             raise OnnxqError(
                 f"it has more than {MAX_NODES:,} {part}s", "split it into smaller ones"
+            )
+    for index, node in enumerate(proto.graph.node):
+        if len(node.attribute) > MAX_ATTRIBUTES:
+            raise OnnxqError(
+                f"{_label(node, index)} has {len(node.attribute):,} attributes", "export it again"
             )
     check_text(proto)
     for sparse in proto.graph.sparse_initializer:

@@ -126,9 +126,7 @@ def _copy_bare_graph(graph: onnx.GraphProto, out: onnx.GraphProto) -> None:
         elif field.name == "initializer":
             for tensor in graph.initializer:
                 _copy_bare_tensor(tensor, out.initializer.add())
-        elif field.message_type is None:
-            setattr(out, field.name, value)
-        else:
+        elif field.message_type is not None:
             getattr(out, field.name).extend(value)
 
 
