@@ -174,7 +174,6 @@ class Fold:
 
     def _apply(self, editor: Editor, s: Factors) -> Edit:
         low, high = self.bounds()
-        s = self.rounded(s)
         if ((s < low) | (s > high)).any():
             at = int(np.argmax((s < low) | (s > high)))
             raise OnnxqError(
@@ -182,8 +181,7 @@ class Fold:
                 f"{low[at]:.3g} to {high[at]:.3g} in 16 bits",
                 "keep s within Fold.bounds",
             )
-        if self.explicit:
-            s = self._put_mul(editor, s)
+        s = self._put_mul(editor, s) if self.explicit else self.rounded(s)
         copies = [rescale(editor, p.node, p.input, _factor(p, s)) for p in self.parts]
         copies += [rescale(editor, p.node, p.input, _factor(p, s)) for p in self.weights]
         made = [c for c in copies if c]

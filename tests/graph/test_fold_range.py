@@ -29,12 +29,12 @@ def scaled(gain: list[float], weight: list[float], dtype: type = np.float16) -> 
     count = len(gain)
     return g.parsed(
         f"""<ir_version: 10, opset_import: ["": 18]>
-        g ({kind}[n, {count}] x) => ({kind}[n, 8] y) {{
+        g ({kind}[n, {count}] x) => ({kind}[n, 16] y) {{
             t = LayerNormalization <axis = -1> (x, gain, bias)   y = MatMul(t, w)
         }}""",
         nh.from_array(np.array(gain, dtype), "gain"),
         nh.from_array(np.full(count, TINY, dtype), "bias"),
-        nh.from_array(np.repeat(np.array(weight, dtype)[:, None], 8, 1), "w"),
+        nh.from_array(np.repeat(np.array(weight, dtype)[:, None], 16, 1), "w"),
     )
 
 

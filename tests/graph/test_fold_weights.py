@@ -186,6 +186,7 @@ def test_the_order_of_folds_does_not_matter(tmp_path: Path, dtype: type) -> None
         for name, values in other.items():
             np.testing.assert_array_equal(values, results[0][name], name)
     old, new = weights_of(source), results[0]
+    s["a"] = found(loaded(source), "a").rounded(s["a"])  # as its gain in FP16 wants it
     exact = old["w1"].astype(np.float64) * s["a"][:, None] / s["t"]
     np.testing.assert_allclose(new["w1"], exact, rtol=2**-11 if dtype == np.float16 else 2**-23)
     exact = old["w2"].astype(np.float64) * s["t"][:, None] / s["r"]
