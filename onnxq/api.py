@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -261,7 +260,9 @@ def compare(
     from onnxq.evaluate.compare import compare as compare_models
     from onnxq.evaluate.runners import runnable
     from onnxq.evaluate.watching import layer_errors
+    from onnxq.files import scratch
     from onnxq.graph.model import Model
+    from onnxq.graph.reading import read_proto
 
     reference, other, given = Path(model), Path(candidate), Data.of(data)
     if not given.given:
@@ -275,10 +276,12 @@ def compare(
             "leave out --per-layer, or give the model that the engine was built from",
         )
     graph = Model.load(reference)
+    if other.suffix == ".onnx":
+        read_proto(other)  # checked before ONNX Runtime gets it, and said as clearly
     samples = given.open(graph.inputs(), progress)
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+    with scratch() as folder:
         models = {"original": reference}
-        half = write_fp16(reference, Path(folder), samples=samples, device=device) if fp16 else None
+        half = write_fp16(reference, folder, samples=samples, device=device) if fp16 else None
         if half is not None:
             models["fp16"] = half
         models["candidate"] = other

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from onnxq.calibrate.data import Samples
 from onnxq.calibrate.session import Device, open_session
 from onnxq.calibrate.statistics import NotFiniteError, as_float32, finite_extremes
 from onnxq.errors import OnnxqError
+from onnxq.files import scratch
 from onnxq.graph.segments import Segments
 from onnxq.inputs import Moments
 
@@ -43,20 +44,21 @@ class Staged:
         self._device, self._threads = device, threads
         self._weights: dict[str, Array] = {}
         self._next = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="onnxq-stages-")
-        self._full = _Run(Path(self._folder.name) / "full")
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(scratch())
+        self._full = _Run(self._folder / "full")
         self._rounded: _Run | None = None
 
     def __enter__(self) -> Staged:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._folder.cleanup()
+        self._stack.close()
 
     def replace(self, initializer: str, values: Array) -> None:
         """Give an initializer its rounded values, in its own type and layout, from here on."""
         if self._rounded is None:
-            self._rounded = self._full.copy(Path(self._folder.name) / "rounded")
+            self._rounded = self._full.copy(self._folder / "rounded")
         self._weights[initializer] = values
 
     def moments(self, stop: str) -> Moments:

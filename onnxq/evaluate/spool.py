@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.errors import OnnxqError
+from onnxq.files import scratch
 
 Array = NDArray[Any]
 
@@ -56,5 +56,5 @@ class Spool:
 @contextmanager
 def spool() -> Iterator[Spool]:
     """A Spool whose folder is gone afterwards. The folder follows TMPDIR."""
-    with tempfile.TemporaryDirectory(prefix="onnxq-outputs-") as folder:
-        yield Spool(Path(folder))
+    with scratch() as folder:
+        yield Spool(folder)
