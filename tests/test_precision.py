@@ -391,6 +391,23 @@ def test_weights_outside_the_range(value: float, kept_back: bool) -> None:
     assert converted(net, "bf16")[1] == {}
 
 
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+def test_a_large_negative_constant_is_a_mask_only_on_the_way_to_a_softmax(op: str) -> None:
+    net = Net()
+    x = net.input("x", ["m", 32])
+    y = net.op(op, x, net.const("c", -1e5), name="/large")
+    net.output(net.op("Mul", y, net.const("small", 1e-2), name="/small"))
+    proto, kept, edits = converted(net)
+    assert kept["/large"] == "constant 'c' reaches 1e+05"
+    assert not [e for e in edits if e.verb == "clamp"]
+    feeds = {"x": normal(4, 32, scale=0.1)}
+    if op == "Mul":
+        assert snr(run(net.model(), feeds)[0], evaluate(proto, feeds)[0]) > FEW_ROUNDINGS
+    net.outputs.clear()
+    net.output(net.op("Softmax", y))
+    assert [e.target for e in converted(net)[2] if e.verb == "clamp"] == ["c"]
+
+
 def test_layer_scales_and_epsilons_that_underflow() -> None:
     net = Net()
     x = net.input("x", ["m", 32])

@@ -16,6 +16,7 @@ _ELEMENTWISE = "kgen"
 _MOVING = {"Move", "Resh", "Tran", "Repl", "Conc", "Slic"}
 _RESHAPING = _MOVING | {"Cast"}
 _QUANTIZING = _RESHAPING | {"Mul", "Div", "Min", "Max", "Roun"}
+_ATTENTION = re.compile(r"_[a-z0-9_]*mha_")
 _OPERATIONS = re.compile(r"^__myl_([A-Za-z]+?)_")
 
 
@@ -44,7 +45,8 @@ def weight_bytes(layers: Iterable[EngineLayer]) -> dict[str, int]:
 
 
 def is_attention(layer: EngineLayer) -> bool:
-    return "mha" in layer.name
+    """Whether the layer is a fused attention: `_gemm_mha_v2_myl0_4`, not a node called `mha`."""
+    return _ATTENTION.match(layer.name) is not None
 
 
 def attention_dtype(layer: EngineLayer) -> str:

@@ -214,6 +214,13 @@ def test_fused_attention_and_its_dtype(mask: str) -> None:
     )
 
 
+def test_a_node_called_mha_is_no_attention() -> None:
+    node = WeightedNode("/mha/a", "gemm", "fp8")
+    kernel = layer("/mha/a_myl0_1", "copy", "x fp16 -1,64", "w fp16 64,2", "y fp16 -1,2", "/mha/a")
+    ran, reason = only(cover([kernel], [node]))
+    assert (ran, reason) == ("elementwise", "computed inside an elementwise kernel")
+
+
 def unfused(dtype: str, profile: int = 0) -> list[EngineLayer]:
     operands = f"q {dtype} -1,8,-1,64; k {dtype} -1,8,64,-1"
     return [
