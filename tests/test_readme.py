@@ -46,8 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         (found / name).symlink_to(source.resolve(strict=True))
     (found / "questions.csv").write_text(
-        "Which is a colour?,Seven,Green,Quickly,Under,B\n"
-        "What is 2 + 2?,Three,Five,Four,One,C\n"
+        "Which is a colour?,Seven,Green,Quickly,Under,B\nWhat is 2 + 2?,Three,Five,Four,One,C\n"
     )
     return found
 
