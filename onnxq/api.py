@@ -355,7 +355,7 @@ def _saved(
         output=written[0],
         files=written,
         sites=_site_counts(placement),
-        bytes_after=sum(p.stat().st_size for p in written),
+        bytes_after=sum(p.stat().st_size for p in written if p.exists()),  # another run may write
         seconds=round(time.monotonic() - started, 2),
     )
     return Quantized(report, True, tuple(written), placement)

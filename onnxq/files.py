@@ -66,22 +66,29 @@ def reporting(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_beside(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
+def temporary_beside(target: Path) -> Iterator[Path]:
     """A new empty file in the target's folder; removed at the end unless it was renamed.
 
     It is locked while it is in use. What a killed run left is not, and the next run removes it.
     """
     _refuse_special(target)
-    stem = _stem(target, prefix)
-    if prefix == TEMPORARY_PREFIX:
-        for stale in left_behind(target):
-            with contextlib.suppress(OSError):
-                stale.unlink()
-    path, handle = _create(target.parent, stem)
+    for stale in left_behind(target):
+        with contextlib.suppress(OSError):
+            stale.unlink()
+    with locked_beside(target) as path:
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked_beside(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
+    """A new empty file in the target's folder, which stays; for `left_behind` it is not there."""
+    path, handle = _create(target.parent, _stem(target, prefix))
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
         os.close(handle)
 
 
@@ -212,11 +219,13 @@ def _create_folder(stack: contextlib.ExitStack) -> Path:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        handle = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        _lock(handle, wait=True)
-        if folder.exists():
-            return folder  # else taken for a killed run's, in the moment before it was locked
+        # Until it is locked, another run may take it for a killed one's.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            _lock(handle, wait=True)
+            if folder.exists():
+                return folder
 
 
 def _remove_stale_folders(parent: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from onnxq.errors import OnnxqError
-from onnxq.files import alone_in, flush, flush_folder, left_behind, temporary_beside
+from onnxq.files import alone_in, flush, flush_folder, left_behind, locked_beside
 from onnxq.graph.reading import data_locations
 
 _JOURNAL_PREFIX = ".onnxq.journal-"
@@ -57,7 +57,7 @@ def _remembered(path: Path, data: list[Path]) -> Iterator[None]:
     if not data:
         yield
         return
-    with temporary_beside(path, _JOURNAL_PREFIX) as journal:
+    with locked_beside(path, _JOURNAL_PREFIX) as journal:
         journal.write_text(json.dumps([p.name for p in data]))
         flush(journal)
         flush_folder(path.parent)
@@ -65,6 +65,7 @@ def _remembered(path: Path, data: list[Path]) -> Iterator[None]:
             yield
         finally:
             _remove_unread(path, [p.name for p in data])
+            journal.unlink()  # not where the removal was interrupted: the next run goes on with it
 
 
 def _finish_killed(path: Path) -> None:
