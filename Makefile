@@ -8,6 +8,8 @@ TEST := .venv-test
 EXPORT := .venv-export
 SMOLLM2 := $(OUT)/smollm2-fp32
 WIKI := $(OUT)/wiki
+EXPORTED := minilm minilm-legacy smollm2-torch smollm2-torch-fp16 smollm2-torch-decode \
+    sdxl-unet-tiny-fp16 sdxl-unet-full-fp16
 SHAPES := --shapes input_ids:1x1,1x256,4x512 --shapes attention_mask:1x1,1x256,4x512
 TEXT := --tokenizer $(SMOLLM2)/tokenizer.json --text
 # Two threads on two busy cores spin; one per process is faster and steadier.
@@ -45,9 +47,7 @@ models: $(TEST)/ready
 	$(TEST)/bin/python -m models.smollm2
 	$(TEST)/bin/python -m models.smollm2 --dtype fp16
 	$(TEST)/bin/python -m models.ppocr
-	$(MAKE) $(OUT)/minilm/model.onnx $(OUT)/minilm-legacy/model.onnx \
-	    $(OUT)/sdxl-unet-tiny-fp16/model.onnx $(OUT)/smollm2-torch/model.onnx \
-	    $(OUT)/smollm2-torch-decode/model.onnx
+	$(MAKE) $(EXPORTED:%=$(OUT)/%/model.onnx)
 	$(TEST)/bin/python -m models.minilm_data
 
 $(OUT)/minilm/model.onnx: | $(EXPORT)/ready
@@ -56,9 +56,12 @@ $(OUT)/minilm-legacy/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.minilm --exporter legacy
 $(OUT)/sdxl-unet-tiny-fp16/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.sdxl_unet --size tiny
+$(OUT)/sdxl-unet-full-fp16/model.onnx: | $(EXPORT)/ready  # 5.1 GB, two minutes, 6 GB of memory
+	$(EXPORT)/bin/python -m models.sdxl_unet --size full
 $(OUT)/smollm2-torch/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.smollm2_torch
-
+$(OUT)/smollm2-torch-fp16/model.onnx: | $(EXPORT)/ready
+	$(EXPORT)/bin/python -m models.smollm2_torch --dtype fp16
 $(OUT)/smollm2-torch-decode/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.smollm2_torch --graph decode
 

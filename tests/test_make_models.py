@@ -1,0 +1,41 @@
+"""`make models` builds every model the tests name: a clean checkout has no other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+NAMED = re.compile(
+    r"[\"'/]((?:minilm|smollm2|sdxl-unet|ppocr)(?:-legacy|-torch|-decode|-tiny|-quarter|-full"
+    r"|-fp16|-fp32|_rec)+)\b"
+)
+
+
+def built(dry: str) -> set[str]:
+    """The folders under models/out that the commands of `make -n models` write."""
+    found = set(re.findall(r"models/out/([\w-]+)/model\.onnx", dry))
+    if "-m models.smollm2\n" in dry:
+        found.add("smollm2-fp32")
+    if "-m models.smollm2 --dtype fp16\n" in dry:
+        found.add("smollm2-fp16")
+    if "-m models.ppocr\n" in dry:
+        found.add("ppocr_rec")
+    return found
+
+
+def test_every_model_named_in_a_test_is_built() -> None:
+    dry = subprocess.run(["make", "-n", "models"], cwd=ROOT, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    here = Path(__file__)
+    named = {
+        (name, path.name)
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path != here
+        for name in NAMED.findall(path.read_text())
+    }
+    assert {name for name, _ in named} >= {"sdxl-unet-full-fp16", "smollm2-torch", "ppocr_rec"}
+    missing = {(name, path) for name, path in named if name not in built(dry.stdout)}
+    assert not missing
