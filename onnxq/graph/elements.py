@@ -28,20 +28,48 @@ _UNKNOWN = frozenset(("If", "Loop", "Scan", "RandomNormal", "RandomUniform", "Ey
 _SECOND = {"TopK": "int64", "Dropout": "bool", "MaxPool": "int64"}
 
 
-def element_types(model: Model) -> dict[str, str]:
+class Elements(dict[str, str]):
     """Tensor name -> type word (`fp16`, `int8`, ...; `query.type_word`), '?' where unknown.
+
+    Attributes:
+        fixed: names of tensors that depend on constants alone, known when an engine is built.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed: set[str] = {""}
+
+
+def element_types(model: Model) -> Elements:
+    """The types of a model's tensors, and which of them are fixed.
 
     Nodes must stand in topological order, else what is read before it is made stays as declared.
     """
-    types = {t.name: type_word(t) for t in model.graph.inputs}
+    types = Elements()
+    for tensor in model.graph.inputs:
+        types[tensor.name] = type_word(tensor)
     for node in model.graph.nodes:
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant):
                 types.setdefault(tensor.name, type_word(tensor))
+                types.fixed.add(tensor.name)
         words = [types.get(t.name, "?") for t in node.inputs]
         for index, tensor in enumerate(node.outputs):
             types[tensor.name] = _output(node, index, words, tensor)
+        if _is_fixed(node, types.fixed):
+            types.fixed |= {t.name for t in node.outputs}
     return types
+
+
+def _is_fixed(node: gs.Node, fixed: set[str]) -> bool:
+    if node.op == "Constant":
+        return True
+    if node.op == "Shape":
+        shape = node.inputs[0].shape
+        return shape is not None and all(isinstance(d, int) for d in shape)
+    if node.op.startswith("Random") or node.op in _UNKNOWN:
+        return False
+    return bool(node.inputs) and all(t.name in fixed for t in node.inputs)
 
 
 def code_word(node: gs.Node, types: dict[str, str]) -> str:

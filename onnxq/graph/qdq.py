@@ -7,14 +7,14 @@ parser of TensorRT looks at an operator's name alone, so com.microsoft's Q/DQ co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.graph.elements import attribute_word, code_word
+from onnxq.graph.elements import Elements, attribute_word, code_word
 from onnxq.graph.query import producer, scalar
 from onnxq.graph.weights import Array, array
 
@@ -46,6 +46,7 @@ class Quantizer:
         codes: type word of its codes.
         axis: of a scale with several values; counted from the front where the rank is known.
         block: elements a scale serves along `axis`; 0 without blocks.
+        fixed: whether the scale is known when an engine is built.
     """
 
     node: gs.Node
@@ -54,6 +55,7 @@ class Quantizer:
     zero: gs.Tensor | None
     axis: int
     block: int
+    fixed: bool
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:
@@ -76,7 +78,7 @@ class Quantizer:
         return bool(self.block) or (shape is not None and len(shape) > 1 and math.prod(shape) > 1)
 
 
-def quantizer(node: gs.Node, types: Mapping[str, str]) -> Quantizer | None:
+def quantizer(node: gs.Node, types: Elements) -> Quantizer | None:
     """What a node quantizes or dequantizes; None for other operators."""
     if node.op not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 2:
         return None
@@ -84,27 +86,24 @@ def quantizer(node: gs.Node, types: Mapping[str, str]) -> Quantizer | None:
     axis = int(node.attrs.get("axis", 1))
     return Quantizer(
         node,
-        code_word(node, dict(types)),
+        code_word(node, types),
         node.inputs[1],
         node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None,
         axis + rank if axis < 0 else axis,
         int(node.attrs.get("block_size", 0)),
+        built_in(node.inputs[1], types) or _makes_scales(node.inputs[0]),
     )
 
 
-def built_in(tensor: gs.Tensor, depth: int = 30) -> bool:
+def _makes_scales(codes: gs.Tensor) -> bool:
+    """Whether an operator of TensorRT's own makes codes and the scales of their blocks (NVFP4)."""
+    node = producer(codes)
+    return node is not None and node.op.startswith("TRT_") and "DynamicQuantize" in node.op
+
+
+def built_in(tensor: gs.Tensor, types: Elements) -> bool:
     """Whether a tensor depends on constants alone, so that it is known when an engine is built."""
-    if isinstance(tensor, gs.Constant) or not tensor.name:
-        return True
-    node = producer(tensor)
-    if node is None or not depth:
-        return False
-    if node.op == "Constant":
-        return True
-    if node.op == "Shape":
-        shape = node.inputs[0].shape
-        return shape is not None and all(isinstance(d, int) for d in shape)
-    return bool(node.inputs) and all(built_in(t, depth - 1) for t in node.inputs)
+    return isinstance(tensor, gs.Constant) or tensor.name in types.fixed
 
 
 def constant_values(tensor: gs.Tensor | None) -> Array | None:
@@ -186,16 +185,16 @@ def _moved(node: gs.Node, axis: int | None) -> int | None:
     return axis
 
 
-def operand(tensor: gs.Tensor, types: Mapping[str, str]) -> Operand:
+def operand(tensor: gs.Tensor, types: Elements) -> Operand:
     """Follow a product's input back to the DequantizeLinear it comes from."""
     return _follow(tensor, tensor, (), types)
 
 
 def _follow(
-    start: gs.Tensor, tensor: gs.Tensor, path: tuple[gs.Node, ...], types: Mapping[str, str]
+    start: gs.Tensor, tensor: gs.Tensor, path: tuple[gs.Node, ...], types: Elements
 ) -> Operand:
     node = producer(tensor)
-    none = Operand(start, None, path, None, built_in(start))
+    none = Operand(start, None, path, None, built_in(start, types))
     if node is None or len(path) > _LONGEST_PATH:
         return none
     if node.op == "DequantizeLinear":
@@ -206,7 +205,7 @@ def _follow(
         if blocker is None and _widened(tensor, path, types):
             blocker = next(n for n in path if n.op == "Cast")
         beside = [t for n in path for t in n.inputs[1:]]
-        constant = all(built_in(t) for t in (node.inputs[0], *beside))
+        constant = all(built_in(t, types) for t in (node.inputs[0], *beside))
         return Operand(start, found, path, blocker, constant)
     if node.op in MOVING or node.op == "Cast":
         return _follow(start, node.inputs[0], (*path, node), types)
@@ -219,7 +218,7 @@ def _follow(
     return none
 
 
-def _passes(node: gs.Node, source: Quantizer, types: Mapping[str, str]) -> bool:
+def _passes(node: gs.Node, source: Quantizer, types: Elements) -> bool:
     """Whether the compiler moves `source` across this node."""
     if node.op in ("Neg", "Gather"):
         return source.per_tensor
@@ -235,7 +234,7 @@ def _passes(node: gs.Node, source: Quantizer, types: Mapping[str, str]) -> bool:
     return False
 
 
-def _widened(made: gs.Tensor, path: tuple[gs.Node, ...], types: Mapping[str, str]) -> bool:
+def _widened(made: gs.Tensor, path: tuple[gs.Node, ...], types: Elements) -> bool:
     """Whether Casts narrow to 16 bits and end in 32; what ends in 16 folds into the scale."""
     casts = [attribute_word(n, "to") for n in reversed(path) if n.op == "Cast"]
     words = [types.get(made.name, "?"), *casts]
@@ -267,15 +266,13 @@ def same_scale(one: Quantizer, other: Quantizer) -> bool:
     return _alike(one, other)
 
 
-def quantized_source(source: Quantizer) -> Quantizer | None:
+def quantize_node(source: Quantizer) -> gs.Node | None:
     """The QuantizeLinear that made a DequantizeLinear's codes, through moving operators."""
     tensor: Any = source.node.inputs[0]
     for _ in range(_LONGEST_PATH):
         node = producer(tensor)
-        if node is None:
-            return None
-        if node.op == "QuantizeLinear":
-            return quantizer(node, {})
+        if node is None or node.op == "QuantizeLinear":
+            return node
         if node.op not in MOVING:
             return None
         tensor = node.inputs[0]

@@ -45,12 +45,11 @@ def body_models(model: Model) -> Iterator[tuple[str, Model]]:
 
     What a body reads from outside is an input of it, or a constant where it is a small one.
     """
-    types = value_types(model)
-    for node in model.graph.nodes:
-        origin = model.origins.get(id(node))
-        if origin is None or not any(True for _ in bodies(origin)):
-            continue
-        outer = {**model.graph.tensors(), **model.initializers}
+    pairs = [(n, model.origins[id(n)]) for n in model.graph.nodes if id(n) in model.origins]
+    with_bodies = [(n, origin) for n, origin in pairs if any(True for _ in bodies(origin))]
+    types = value_types(model) if with_bodies else {}
+    outer = {**model.graph.tensors(), **model.initializers} if with_bodies else {}
+    for node, origin in with_bodies:
         for body in bodies(origin):
             proto = onnx.ModelProto(ir_version=model.header.ir_version)
             proto.opset_import.extend(model.header.opset_import)

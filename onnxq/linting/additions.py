@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onnxq.graph.ir import Constant, Node
-from onnxq.graph.qdq import operand, readers
+from onnxq.graph.qdq import readers
 from onnxq.graph.query import label
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.subject import Subject
@@ -33,7 +33,7 @@ def residual(subject: Subject) -> Iterator[Found]:
     for node in subject.nodes:
         if node.op != "Add" or any(isinstance(t, Constant) for t in node.inputs):
             continue
-        found = [operand(t, subject.types) for t in node.inputs]
+        found = [subject.operand(t) for t in node.inputs]
         if all(o.source is not None and not o.path for o in found) and _is_residual(node):
             yield Found(node, "both of its operands are quantized, and a norm follows")
 

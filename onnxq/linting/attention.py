@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from onnxq.graph.attention import Attention
 from onnxq.graph.ir import Node, Tensor
-from onnxq.graph.qdq import MOVING, Operand, built_in, factor, operand, quantizer, readers
+from onnxq.graph.qdq import MOVING, Operand, factor, quantizer, readers
 from onnxq.graph.query import label
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.subject import Subject, is_meant
@@ -56,14 +56,14 @@ def _is_fixed(operand: Operand) -> bool:
         and is_meant(operand)
         and operand.reaches
         and source.per_tensor
-        and built_in(source.scale)
+        and source.fixed
     )
 
 
 def _quantized(subject: Subject) -> Iterator[_Quantized]:
     for attention in subject.attentions:
         tensors = (*attention.scores.inputs[:2], *attention.values.inputs[:2])
-        q, k, p, v = (operand(t, subject.types) for t in tensors)
+        q, k, p, v = (subject.operand(t) for t in tensors)
         found = _Quantized(attention, (q, k, p, v))
         if found.formats:
             yield found
@@ -158,12 +158,12 @@ def inside(subject: Subject) -> Iterator[Found]:
     """
     for found in _quantized(subject):
         if found.whole:
-            node = _behind_scores(found.attention.scores)
+            node = behind_scores(found.attention.scores)
             if node is not None:
                 yield Found(found.attention.scores, f"its scores are quantized ({label(node)!r})")
 
 
-def _behind_scores(scores: Node) -> Node | None:
+def behind_scores(scores: Node) -> Node | None:
     """The QuantizeLinear that follows a product, constant factors and activations between."""
     tensor = scores.outputs[0]
     for _ in range(8):
@@ -183,7 +183,7 @@ def operator(subject: Subject) -> Iterator[Found]:
     """Q/DQ in front of ONNX's Attention operator."""
     for node in subject.nodes:
         if node.op in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
-            found = [operand(t, subject.types) for t in node.inputs[:3]]
+            found = [subject.operand(t) for t in node.inputs[:3]]
             if any(is_meant(o) for o in found):
                 yield Found(node, f"{node.op} runs in 16 bits, whatever stands in front of it")
 
@@ -260,7 +260,8 @@ RULES = (
         "attention-scores",
         Severity.SLOW,
         inside,
-        "quantize nothing between the first product and the softmax",
+        "quantize nothing between the first product and the mask",
+        fixable=True,
     ),
     Rule(
         "attention-operator",

@@ -54,6 +54,7 @@ class Rule:
         id: its stable name, as `--ignore` and the JSON have it.
         cure: what to do about it.
         fixable: whether `--fix` may cure it.
+        tensorrt: whether it is about TensorRT; else it holds for ONNX Runtime as a target too.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Rule:
     check: Check
     cure: str
     fixable: bool = False
+    tensorrt: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from onnxq.graph.qdq import Operand, built_in, quantized_source
+from onnxq.graph.qdq import Operand, quantize_node
 from onnxq.linting.subject import Product, Subject, is_meant, rank_of
 
 EIGHT_BIT = ("int8", "fp8")
@@ -33,7 +33,7 @@ def fuses(product: Product, operand: Operand) -> bool:
         return False
     if not operand.constant:
         single = source.per_tensor or has_row_scales(product, operand)
-        return single and built_in(source.scale)
+        return single and source.fixed
     axis, expected = operand.axis(), product.output_axis(operand)
     return source.per_tensor or source.blocked or None in (axis, expected) or axis == expected
 
@@ -59,8 +59,7 @@ def in_fp16(subject: Subject, product: Product) -> bool:
 def origin(activation: Operand) -> str:
     """Name of the tensor whose codes a product reads: before its QuantizeLinear, if it has one."""
     assert activation.source is not None
-    made = quantized_source(activation.source)
-    node = made.node if made is not None else activation.source.node
+    node = quantize_node(activation.source) or activation.source.node
     return str(node.inputs[0].name)
 
 

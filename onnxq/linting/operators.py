@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from onnxq.graph.ir import Constant, Node
-from onnxq.graph.qdq import built_in
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.subject import Subject
 
@@ -140,7 +139,7 @@ def runtime_parameter(subject: Subject) -> Iterator[Found]:
         if index is None or index >= len(node.inputs) or not node.inputs[index].name:
             continue
         tensor = node.inputs[index]
-        known = isinstance(tensor, Constant) if node.op == "Dropout" else built_in(tensor)
+        known = isinstance(tensor, Constant) if node.op == "Dropout" else subject.is_fixed(tensor)
         if not known:
             yield Found(node, f"its input {tensor.name!r} is computed at run time")
 

@@ -143,7 +143,7 @@ def ort_layout(subject: Subject) -> Iterator[Found]:
         if q.codes not in ("int8", "fp8") or isinstance(q.node.inputs[0], Constant):
             continue
         if q.node.op == "DequantizeLinear":
-            after = [n for n in q.node.outputs[0].outputs if n.op in _MOVED_BY_ORT]
+            after = [n for n in q.node.outputs[0].outputs if _is_moved(n)]
             fails = after and (old if q.codes == "fp8" else not old)
             if q.codes == "fp8" and not old:
                 fails = any(n.op in ("Slice", "Unsqueeze", "Squeeze") for n in after)
@@ -155,12 +155,22 @@ def ort_layout(subject: Subject) -> Iterator[Found]:
                 yield Found(q.node, f"{before.op} {label(before)!r} stands before it")
 
 
+def _is_moved(node: Node) -> bool:
+    """Whether ONNX Runtime moves a DequantizeLinear behind this node, and makes a pair there."""
+    following = node.outputs[0].outputs
+    return node.op in _MOVED_BY_ORT and not (
+        following and all(n.op == "QuantizeLinear" for n in following)
+    )
+
+
 def ort_fp8(subject: Subject) -> Iterator[Found]:
     """FP8 products that ONNX Runtime turns into integer operators."""
     for product in subject.products:
         if product.node.op != "MatMul":
             continue
         if not all(o.reaches and o.codes == "fp8" for o in product.operands):
+            continue
+        if any(n.op == "Cast" for o in product.operands for n in o.path):
             continue
         sources = [o.source for o in product.operands if o.source is not None]
         if all(subject.type(q.scale) == "fp32" for q in sources):
@@ -178,14 +188,16 @@ RULES = (
         repeated_name,
         "give every node a name of its own",
         fixable=True,
+        tensorrt=False,
     ),
     Rule("long-name", Severity.REFUSED, long_name, "shorten the name"),
-    Rule("opset", Severity.PORTABILITY, opset, "raise the opset"),
+    Rule("opset", Severity.PORTABILITY, opset, "raise the opset", tensorrt=False),
     Rule(
         "scale-type",
         Severity.PORTABILITY,
         scale_type,
         "give the scale its input's type, or raise the opset to 23",
+        tensorrt=False,
     ),
     Rule(
         "contrib-domain",
@@ -202,6 +214,6 @@ RULES = (
         f"leave it in floating point: TensorRT's documentation has fast 8-bit kernels from "
         f"{THINNEST} on; tensorrt-rtx 1.7 compiles it in 8 bits, with padding",
     ),
-    Rule("onnxruntime-layout", Severity.PORTABILITY, ort_layout, _ORT_CURE),
-    Rule("onnxruntime-fp8", Severity.PORTABILITY, ort_fp8, _ORT_CURE),
+    Rule("onnxruntime-layout", Severity.PORTABILITY, ort_layout, _ORT_CURE, tensorrt=False),
+    Rule("onnxruntime-fp8", Severity.PORTABILITY, ort_fp8, _ORT_CURE, tensorrt=False),
 )

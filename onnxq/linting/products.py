@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator
 
 from onnxq.graph.ir import Tensor
-from onnxq.graph.qdq import Operand, Quantizer, built_in, quantized_source
-from onnxq.graph.qdq import operand as operand_of
-from onnxq.graph.query import label
+from onnxq.graph.qdq import MOVING, Operand, Quantizer, quantize_node
+from onnxq.graph.query import label, producer
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.fusing import blocks, has_row_scales, is_weight_only, scale_count
 from onnxq.linting.subject import Product, Subject, rank_of
@@ -60,7 +59,7 @@ def _why_expanded(subject: Subject, product: Product, weight: Operand) -> str:
         return f"{subject.target.name} expands none inside"
     if weight.blocker is not None and weight.blocker.op != "Cast":
         return f"{weight.blocker.op} {label(weight.blocker)!r} stands between"
-    if quantized_source(source) is not None and _is_requantized(source):
+    if _is_requantized(subject, source):
         return "it is quantized twice"
     if weight.codes in ("int8", "uint8", "fp8"):
         return "its scales are in blocks" if source.blocked else _odd_size(weight)
@@ -75,10 +74,10 @@ def _why_expanded(subject: Subject, product: Product, weight: Operand) -> str:
     return _odd_size(weight)
 
 
-def _is_requantized(source: Quantizer) -> bool:
+def _is_requantized(subject: Subject, source: Quantizer) -> bool:
     """Whether a weight's codes are made, in the graph, of other codes."""
-    made = quantized_source(source)
-    return made is not None and operand_of(made.node.inputs[0], {}).source is not None
+    made = quantize_node(source)
+    return made is not None and subject.operand(made.inputs[0]).source is not None
 
 
 def _odd_size(weight: Operand) -> str:
@@ -120,7 +119,7 @@ def computed_scale(subject: Subject) -> Iterator[Found]:
         both = all(o.reaches for o in product.operands)
         for operand in product.operands:
             source = operand.source
-            if source is None or not operand.reaches or built_in(source.scale):
+            if source is None or not operand.reaches or source.fixed:
                 continue
             what = f"the scale of {operand.tensor.name!r} is computed at run time"
             if product.kind == "conv" and both:
@@ -136,17 +135,31 @@ def requantized(subject: Subject) -> Iterator[Found]:
     for q in subject.quantizers:
         if q.node.op != "QuantizeLinear":
             continue
-        before = operand_of(q.node.inputs[0], subject.types)
+        before = subject.operand(q.node.inputs[0])
         if before.source is None or not before.reaches:
             continue
-        for scale in (q.scale, before.source.scale):
-            if not built_in(scale):
-                yield Found(
-                    q.node,
-                    f"it quantizes what {label(before.source.node)!r} has just dequantized, and "
-                    f"the scale {scale.name!r} is computed at run time: the compiler fails on it",
-                )
-                break
+        computed = [x.scale.name for x in (q, before.source) if not x.fixed]
+        if computed:
+            yield Found(
+                q.node,
+                f"it quantizes what {label(before.source.node)!r} has just dequantized, and the "
+                f"scale {computed[0]!r} is computed at run time: the compiler fails on it",
+            )
+
+
+def microscaled(subject: Subject) -> Iterator[Found]:
+    """MXFP8, of which this compiler fuses no form."""
+    for node in subject.nodes:
+        if node.op in ("MatMul", "Gemm") and any(_is_mxfp8(t) for t in node.inputs[:2]):
+            yield Found(node, "MXFP8 is expanded and multiplied in 16 bits, whatever its form")
+
+
+def _is_mxfp8(tensor: Tensor) -> bool:
+    """Whether a product's input is dequantized MXFP8, moved or cast at most."""
+    node = producer(tensor)
+    while node is not None and (node.op in MOVING or node.op == "Cast"):
+        node = producer(node.inputs[0])
+    return node is not None and node.op == "TRT_MXFP8DequantizeLinear"
 
 
 def activation_channels(subject: Subject) -> Iterator[Found]:
@@ -238,6 +251,12 @@ RULES = (
         computed_scale,
         "use a constant scale; or divide by the maximum, quantize with the constant scale 1/127 "
         "or 1/448, and multiply behind the product, as onnxq's dynamic recipes do",
+    ),
+    Rule(
+        "mxfp8",
+        Severity.SLOW,
+        microscaled,
+        "use NVFP4 or FP8 (35 forms of MXFP8 were tried with tensorrt-rtx 1.7.1)",
     ),
     Rule(
         "activation-channels",

@@ -51,6 +51,8 @@ def lint(model: Model, target: Target, ignore: Collection[str] = ()) -> Lint:
 def _findings(model: Model, target: Target, where: str, notes: list[str]) -> Iterator[Finding]:
     subject = Subject(model, target)
     for rule in RULES:
+        if rule.tensorrt and not target.tensorrt:
+            continue
         for found in rule.check(subject):
             yield _finding(rule, found, where)
     notes += subject.notes

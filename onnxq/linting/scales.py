@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.graph.ir import Constant
-from onnxq.graph.qdq import Quantizer, built_in, constant_values, quantized_source
+from onnxq.graph.qdq import Quantizer, constant_values, quantize_node
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.subject import Subject
 
@@ -26,7 +26,7 @@ def zero_point(subject: Subject) -> Iterator[Found]:
             continue
         values = constant_values(q.zero)
         if values is None:
-            if not built_in(q.zero):
+            if not subject.is_fixed(q.zero):
                 yield Found(q.node, f"its zero point {q.zero.name!r} is computed at run time")
         elif np.asarray(values, np.float32).any():
             yield Found(q.node, f"its zero point is {_shown(np.asarray(values, np.float32))}")
@@ -45,7 +45,7 @@ def uint8(subject: Subject) -> Iterator[Found]:
                 "127 x scale saturates, and below 0 nothing does",
                 Severity.NUMBERS,
             )
-        elif quantized_source(q) is None:
+        elif quantize_node(q) is None:
             yield Found(q.node, "its codes are UINT8")
 
 
@@ -54,6 +54,14 @@ def int32(subject: Subject) -> Iterator[Found]:
     for q in subject.quantizers:
         if q.node.op == "DequantizeLinear" and q.codes == "int32":
             yield Found(q.node, "its codes are INT32, as of a quantized bias")
+
+
+def scalar_codes(subject: Subject) -> Iterator[Found]:
+    """A single number stored as codes, without a dimension."""
+    for q in subject.quantizers:
+        data = q.node.inputs[0]
+        if q.node.op == "DequantizeLinear" and isinstance(data, Constant) and not data.shape:
+            yield Found(q.node, f"its codes {data.name!r} are a number of rank 0")
 
 
 def scale_value(subject: Subject) -> Iterator[Found]:
@@ -199,13 +207,19 @@ RULES = (
         Severity.REFUSED,
         uint8,
         "quantize to INT8, symmetrically",
-        fixable=True,
     ),
     Rule(
         "int32-codes",
         Severity.REFUSED,
         int32,
         "leave the bias in floating point",
+        fixable=True,
+    ),
+    Rule(
+        "scalar-codes",
+        Severity.REFUSED,
+        scalar_codes,
+        "leave the number in floating point, or give it a dimension",
         fixable=True,
     ),
     Rule(

@@ -8,10 +8,10 @@ from functools import cached_property
 
 from onnxq.gpus import Target
 from onnxq.graph.attention import Attention, attentions
-from onnxq.graph.elements import element_types
+from onnxq.graph.elements import Elements, element_types
 from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
-from onnxq.graph.qdq import MOVING, Operand, Quantizer, factor, operand, quantizer
+from onnxq.graph.qdq import MOVING, Operand, Quantizer, built_in, factor, operand, quantizer
 
 _KINDS = {
     "MatMul": "linear",
@@ -85,11 +85,22 @@ class Subject:
     model: Model
     target: Target
     notes: list[str] = field(default_factory=list)
+    _operands: dict[int, Operand] = field(default_factory=dict)
 
     @cached_property
-    def types(self) -> dict[str, str]:
+    def types(self) -> Elements:
         """Tensor name -> type word, '?' where unknown."""
         return element_types(self.model)
+
+    def operand(self, tensor: Tensor) -> Operand:
+        """What stands behind an input of a product."""
+        if id(tensor) not in self._operands:
+            self._operands[id(tensor)] = operand(tensor, self.types)
+        return self._operands[id(tensor)]
+
+    def is_fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on constants alone."""
+        return built_in(tensor, self.types)
 
     def type(self, tensor: Tensor) -> str:
         """The type word of a tensor."""
@@ -141,7 +152,7 @@ class Subject:
             kind = _KINDS.get(node.op)
             if kind is None or len(node.inputs) < 2 or (kind == "einsum" and len(node.inputs) > 2):
                 continue
-            left, right = (operand(t, self.types) for t in node.inputs[:2])
+            left, right = (self.operand(t) for t in node.inputs[:2])
             if not (left.constant and right.constant):
                 yield Product(node, kind, left, right)
 

@@ -296,6 +296,20 @@ def _w4a8() -> None:
         x = g.quantized(g.input("x", [2, 48, 64]), fmt)
         add(f"int4 blocks requantized to {fmt}", product(g, x, g.quantized(w, fmt, 0.01)))
 
+    g = Graph(opset=23)
+    made, blocks = ["codes", "scales"], {"axis": -1, "block_size": 32}
+    fp8 = {**blocks, "output_dtype": TensorProto.FLOAT8E4M3FN}
+    fp16 = {**blocks, "output_dtype": TensorProto.FLOAT16}
+    g.op("TRT_MXFP8DynamicQuantize", [g.input("x", [48, 64])], None, "trt", made, **fp8)
+    x = g.op("TRT_MXFP8DequantizeLinear", made, None, "trt", **fp16)
+    add(
+        "mxfp8 activation",
+        product(g, x, g.floats(64, 96)),
+        "mxfp8",
+        "contrib-domain",
+        target="sm120",
+    )
+
 
 def _between() -> None:
     moving = {
@@ -413,7 +427,6 @@ def _scales() -> None:
         add(
             f"quantized twice, the second scale {name}",
             product(g, g.quantized(x, "int8", scale), g.weight((64, 96))),
-            "onnxruntime-layout",
             *rules,
         )
     for fmt in EIGHT:
@@ -561,6 +574,11 @@ def _codes() -> None:
                 product(g, x, g.weight((64, 96), kind)),
                 *(("moved-codes",) if kind == "fp8" and op == "Slice" else ()),
             )
+    for shape in ((), (1,)):
+        g = Graph()
+        number = g.op("DequantizeLinear", [g.codes(shape, "int8"), g.constant(0.01)])
+        g.output(g.op("Mul", [g.input("x", [4, 16]), number]))
+        add(f"a number as codes of shape {shape}", g.model(), *(() if shape else ("scalar-codes",)))
     for ids in (True, False):
         g = Graph()
         i = g.input("i", [4], "int64")

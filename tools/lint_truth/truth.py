@@ -21,7 +21,12 @@ from onnxq.engine.layers import EngineLayer
 from onnxq.engine.protocol import Answer, Outcome, Request
 from onnxq.errors import OnnxqError
 
-_WORDS = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8", TensorProto.INT4: "int4"}
+_WORDS = {
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+    TensorProto.INT4: "int4",
+    TensorProto.FLOAT4E2M1: "fp4",
+}
 _MOVING = {
     *("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Slice", "Gather"),
     *("Flatten", "Expand", "Tile", "Split", "Dropout", "Neg", "DepthToSpace", "SpaceToDepth"),
@@ -209,6 +214,8 @@ class _View:
             return ""
         if node.op_type == "DequantizeLinear":
             return self._codes(node)
+        if node.op_type == "TRT_MXFP8DequantizeLinear":
+            return "fp8"
         if node.op_type in _MOVING:
             return self.format(node.input[0], depth - 1, through)
         if node.op_type in through:
@@ -235,6 +242,8 @@ class _View:
             source = node.input[0]
         node = self.makers.get(source)
         number = self.types.get(zero) or self.types.get(source)
+        if node is not None and node.op_type == "TRT_FP4DynamicQuantize":
+            return "fp4"
         if number is None and node is not None and node.op_type == "QuantizeLinear":
             return "int8"  # as TensorRT reads the default, UINT8
         word = _WORDS.get(number or 0, "")
