@@ -108,7 +108,7 @@ def quantize(
             table.save(Path(save_calib))
     digest = table.digest if table is not None else None
     if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-        placement, table, edits = rescale(graph, placement, table, progress)
+        placement, table, edits = rescale(graph, placement, table, progress, samples, device)
         report.edits += edits
         if chosen.needs_ranges:
             table = _measured_again(graph, placement, table, samples, memory, device, progress)

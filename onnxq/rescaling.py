@@ -6,14 +6,15 @@ no operator is added; where that cannot be done, or would gain nothing, the laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxq.algorithms import STEPS
 from onnxq.algorithms.awq import search_channel_scales
+from onnxq.base import in_16_bits
 from onnxq.calibrate.statistics import Gram
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.formats import PerTensor, QuantScheme
@@ -30,14 +31,25 @@ from onnxq.rounding import finite_peaks
 from onnxq.schemes import granularity, summed_axis
 from onnxq.sites import Site, current
 
+if TYPE_CHECKING:
+    from onnxq.calibrate.data import Samples
+    from onnxq.calibrate.session import Device
+
 
 def rescale(
     model: Model,
     placement: Placement,
     table: CalibrationTable,
     progress: Progress = silent,
+    samples: Samples | None = None,
+    device: Device = "auto",
 ) -> tuple[Placement, CalibrationTable, list[Edit]]:
     """Apply the rescale step of the placement's recipe, on the graph as it was calibrated.
+
+    Args:
+        samples: what a model in 16 bits computes on the way to its layers is measured on the
+            largest, so that no factor makes it overflow. (What is in FP32 is measured when it is
+            converted.)
 
     Returns:
         The placement of the weights as they are now; the table, whose Gram matrices have followed
@@ -49,12 +61,13 @@ def rescale(
     (name,) = names
     editor, edits = Editor(model), []
     groups = _groups(placement)
+    peaks = _peaks(model, groups, samples, device) if samples is not None else {}
     for done, (tensor, sites) in enumerate(groups, 1):
         fold = find_fold(model, tensor, [site.node for site in sites])
         if isinstance(fold, str):
             edits.append(Edit(name, "leave", tensor.name, fold))
         else:
-            edit, s = _rescaled(name, editor, fold, sites, placement.recipe, table)
+            edit, s = _rescaled(name, editor, fold, sites, placement.recipe, table, peaks)
             edits.append(edit)
             if s is not None:
                 table = _followed(table, fold, s)
@@ -73,6 +86,22 @@ def _groups(placement: Placement) -> list[tuple[Tensor, list[Site]]]:
     return list(groups.values())
 
 
+def _peaks(
+    model: Model, groups: Sequence[tuple[Tensor, list[Site]]], samples: Samples, device: Device
+) -> dict[str, float]:
+    """max |x| of the tensors that folds would divide, where the model computes in 16 bits."""
+    from onnxq.calibrate.probe import measure_ranges
+    from onnxq.graph.probe import range_probes
+
+    if not in_16_bits(model):
+        return {}
+    folds = [find_fold(model, tensor, [s.node for s in sites]) for tensor, sites in groups]
+    divided = {t.name for fold in folds if isinstance(fold, Fold) for t, _ in fold.scaled}
+    if not divided:
+        return {}
+    return measure_ranges(range_probes(model, divided), samples.largest(), device=device)
+
+
 def _rescaled(
     name: str,
     editor: Editor,
@@ -80,6 +109,7 @@ def _rescaled(
     sites: Sequence[Site],
     recipe: Recipe,
     table: CalibrationTable,
+    peaks: Mapping[str, float],
 ) -> tuple[Edit, FloatArray | None]:
     """Search the factors of one input, and fold them; None where none are worth it."""
     weights = [_weight(current(site), recipe) for site in sites]
@@ -87,8 +117,9 @@ def _rescaled(
     found, alpha = search_channel_scales(weights, gram, _ties(fold))
     if alpha == 0:
         return Edit(name, "leave", fold.tensor.name, "no factor lowers the output error"), None
-    low, high = fold.bounds(base="fp16")
-    s = fold.shared(np.clip(found, low, high), how="max")
+    low, high = fold.bounds(base="fp16", peaks=peaks)
+    s = fold.rounded(fold.shared(np.clip(found, low, high), how="max"), base="fp16")
+    s = np.clip(s, low, high)  # rounded it may be beyond by its last bit
     edit = fold.apply(editor, s)
     return Edit(name, edit.verb, edit.target, f"alpha {alpha:.2f}; {edit.reason}"), s
 

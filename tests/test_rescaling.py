@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from core_graphs import Net, initializer, operators, recipe, run, snr
+from core_oracle import evaluate
 
 import onnxq
 from onnxq.errors import OnnxqError
@@ -92,3 +93,44 @@ def test_what_cannot_be_folded_is_left_and_said(tmp_path: Path) -> None:
     (edit,) = [e for e in done.report.edits if e.step == "awq"]
     assert edit.verb == "leave"
     assert "Gelu" in edit.reason
+
+
+def test_factors_leave_the_gain_a_number_that_16_bits_hold(tmp_path: Path) -> None:
+    """gain / s rounded later errs alike for every token; the weights take what it would lose."""
+    net = Net()
+    gain = net.rng.lognormal(0, 1, 64)
+    x = net.input("x", ["batch", 8, 64])
+    normal = net.op(
+        "LayerNormalization", x, net.const("gain", gain), net.const("b", np.zeros(64)), name="/norm"
+    )
+    net.output(net.op("MatMul", normal, net.weight("a", 64, 48), name="/a"))
+    calib, _ = _data(tmp_path, 0)
+    source, made = net.save(tmp_path / "net.onnx"), tmp_path / "m.onnx"
+    onnxq.quantize(source, made, recipe=_with("int4-rtn", "awq"), calib=calib, precision="keep")
+    found = initializer(onnx.load(made), "gain")
+    assert (found != gain.astype(np.float32)).all()  # each was divided
+    # FP32 of a number that FP16 has to all but FP64's last bits.
+    np.testing.assert_array_equal(found, found.astype(np.float16).astype(np.float32))
+
+
+def test_nothing_on_the_way_to_a_layer_overflows_in_16_bits(tmp_path: Path) -> None:
+    """What `up` makes is large where the gate is small: AWQ would divide it there by 0.47."""
+    loud = np.arange(64) % 9 == 0
+    net = Net(dtype=np.float16)
+    x = net.input("x", ["batch", 8, 64])
+    up = net.op("MatMul", x, net.const("up", np.eye(64) * np.where(loud, 20.0, 2.0**14)))
+    far, zero = net.const("far", np.full(64, 1e3)), net.const("zero", np.float16(0))
+    factor = net.const("factor", np.where(loud, 1.0, 2.0**-14))
+    factor = net.op("Where", net.op("Less", x, far), factor, zero)  # computed: takes no division
+    gate = net.op("Mul", net.op("Sigmoid", x), factor)
+    inner = net.op("Mul", up, gate, name="/inner")
+    net.output(net.op("MatMul", inner, net.weight("down", 64, 48), name="/down"))
+    x = np.random.default_rng(0).uniform(-3, 3, (8, 8, 64)).astype(np.float16)
+    np.savez(tmp_path / "d.npz", x=x)
+    source, made = net.save(tmp_path / "net.onnx"), tmp_path / "m.onnx"
+    done = onnxq.quantize(source, made, recipe=_with("int4-rtn", "awq"), calib=tmp_path / "d.npz")
+    (edit,) = [e for e in done.report.edits if e.step == "awq" and e.target == "/inner:0"]
+    assert edit.verb == "fold"
+    # onnx's evaluator rounds to FP16 behind every operator; ONNX Runtime's CPU does not.
+    wanted, found = (evaluate(onnx.load(path), {"x": x})[0] for path in (source, made))
+    assert snr(wanted, found) > 15

@@ -40,6 +40,7 @@ class Dims:
 
     def __init__(self) -> None:
         self._known: dict[int, Shape | None] = {}
+        self._joins: dict[tuple[str, ...], str] = {}
         self._alive: list[gs.Tensor] = []  # ids name tensors only while they live
 
     def of(self, tensor: gs.Tensor, depth: int = _DEEPEST) -> Shape | None:
@@ -85,9 +86,29 @@ class Dims:
         if node.op in _SAME_SHAPE:
             return self.of(node.inputs[0], depth) if node.outputs[0] is tensor else None
         if node.op in BROADCAST:
-            return _broadcast([self.of(t, depth) for t in node.inputs])
+            return self.broadcast([self.of(t, depth) for t in node.inputs])
         rule = _SHAPES.get(node.op)
         return rule(self, node, depth) if rule is not None and not node.domain else None
+
+    def broadcast(self, shapes: Sequence[Shape | None]) -> Shape | None:
+        """The shape that several broadcast to."""
+        if any(s is None for s in shapes):
+            return None
+        known = [s for s in shapes if s is not None]
+        rank = max(map(len, known))
+        padded = [(1,) * (rank - len(s)) + s for s in known]
+        return tuple(self._joined(dims) for dims in zip(*padded, strict=True))
+
+    def _joined(self, dims: Sequence[Dim]) -> Dim:
+        """Of dimensions that broadcast together: the number that is not 1, or the one name."""
+        numbers = [d for d in dims if isinstance(d, int) and d != 1]
+        names = tuple(sorted({d for d in dims if isinstance(d, str)}))
+        if numbers:
+            return numbers[0]
+        if len(names) < 2:
+            return names[0] if names else 1
+        # A name of its own, or names of names would double in length from layer to layer.
+        return self._joins.setdefault(names, f"?joined.{len(self._joins)}")
 
 
 def _own(tensor: gs.Tensor) -> Shape | None:
@@ -106,26 +127,6 @@ def _named(dim: Any, name: str, axis: int) -> Dim:
 def _is_sure(dim: Dim) -> bool:
     """Neither unknown nor one of inference's makeshift names."""
     return isinstance(dim, int) or not dim.startswith(("?", "unk__"))
-
-
-def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
-    if any(s is None for s in shapes):
-        return None
-    known = [s for s in shapes if s is not None]
-    rank = max(map(len, known))
-    padded = [(1,) * (rank - len(s)) + s for s in known]
-    return tuple(_joined(dims) for dims in zip(*padded, strict=True))
-
-
-def _joined(dims: Sequence[Dim]) -> Dim:
-    """Of dimensions that broadcast together: the number that is not 1, or the one name."""
-    numbers = [d for d in dims if isinstance(d, int) and d != 1]
-    names = sorted({d for d in dims if isinstance(d, str)})
-    if numbers:
-        return numbers[0]
-    if not names:
-        return 1
-    return names[0] if len(names) == 1 else "?" + "|".join(names)
 
 
 def _transpose(dims: Dims, node: gs.Node, depth: int) -> Shape | None:
@@ -174,7 +175,7 @@ def _matmul(dims: Dims, node: gs.Node, depth: int) -> Shape | None:
         return None
     if a is None:
         return None
-    batch = _broadcast([a[:-2], b[:-2]])
+    batch = dims.broadcast([a[:-2], b[:-2]])
     return None if batch is None else (*batch, a[-2], b[-1])
 
 
@@ -195,7 +196,9 @@ def _conv(dims: Dims, node: gs.Node, depth: int) -> Shape | None:
 
 def _expand(dims: Dims, node: gs.Node, depth: int) -> Shape | None:
     target = dims.values(node.inputs[1], depth)
-    return _broadcast([dims.of(node.inputs[0], depth), None if target is None else tuple(target)])
+    return dims.broadcast(
+        [dims.of(node.inputs[0], depth), None if target is None else tuple(target)]
+    )
 
 
 def axes_of(dims: Dims, node: gs.Node) -> list[int] | None:

@@ -6,7 +6,7 @@ activations weigh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx
@@ -20,10 +20,18 @@ _GROUP = 1000
 groups hold less and run the beginning of the model more often."""
 
 
-def range_probes(model: Model) -> Iterator[tuple[bytes, Path, dict[str, str]]]:
+def range_probes(
+    model: Model, only: Collection[str] | None = None
+) -> Iterator[tuple[bytes, Path, dict[str, str]]]:
     """For every group of tensors: a serialized probe, the folder of its weights, and
-    {output name: tensor}; all FP32 and FP16 tensors that the main graph computes, each once."""
+    {output name: tensor}; all FP32 and FP16 tensors that the main graph computes, each once.
+
+    Args:
+        only: the names of those to measure.
+    """
     tensors = [t for n in model.graph.nodes for t in n.outputs if _measurable(t)]
+    if only is not None:
+        tensors = [t for t in tensors if t.name in only]
     for start in range(0, len(tensors), _GROUP):
         names = {f"onnxq_probe_{i}": t.name for i, t in enumerate(tensors[start : start + _GROUP])}
         proto, folder = model.session_proto(list(names.values()))

@@ -11,6 +11,7 @@ from onnx import TensorProto as T
 from onnx import helper as h
 
 from onnxq.graph.check import TOOL_ERRORS
+from onnxq.graph.dims import Dims
 from onnxq.graph.model import Model
 from onnxq.graph.precision import BASES, plan_precision
 from onnxq.graph.prepare import prepare
@@ -112,3 +113,23 @@ def test_shapes_stay_as_they_are_where_onnx_finds_none(
     monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
     (relu,) = model.graph.nodes
     assert known_shapes(model, relu.outputs) == {"/relu:0": ["m", "n"]}
+
+
+def test_dimensions_joined_many_times_keep_short_names() -> None:
+    """Each Add joins two unknown names; a name of names would double in length from Add to Add."""
+    net = Net()
+    x = net.input("x", ["n", 4])
+    for index in range(20):
+        own = net.input(f"r{index}", [f"length{index}", 4])
+        x = net.op("Mul", net.op("Add", x, own), net.op("Sub", x, own))
+    net.output(net.op("Add", x, x), ["m", 4])
+    model, dims = net.loaded(), Dims()
+    for node in model.graph.nodes:
+        for made in node.outputs:
+            made.shape = None
+    found = [dims.of(made) for node in model.graph.nodes for made in node.outputs]
+    assert all(shape is not None and shape[1] == 4 for shape in found)
+    names = [shape[0] for shape in found if shape is not None]
+    assert all(isinstance(name, str) and len(name) < 20 for name in names)
+    # x + r is as long as x - r; in the next round all is of another length.
+    assert names[0] == names[1] == names[2] != names[3]
