@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxq.api import build, compare, inspect, quantize, recommend
+    from onnxq.api import build, compare, inspect, lint, quantize, recommend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "compare", "inspect", "quantize", "recommend"]
+__all__ = ["__version__", "build", "compare", "inspect", "lint", "quantize", "recommend"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,12 +17,13 @@ from onnxq.base import Precision, convert_base, write_fp16
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
+from onnxq.linting.verb import lint as lint
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule, presets
 from onnxq.recipe import load as load_recipe
 from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
-from onnxq.results import Built, Compared, Inspected, Quantized, Result
+from onnxq.results import Built, Compared, Inspected, Linted, Quantized, Result
 from onnxq.samples import Data
 
 if TYPE_CHECKING:
@@ -349,8 +350,11 @@ def _saved(
 ) -> Quantized:
     """Write the model, and the figures of the run into the report."""
     from onnxq.graph.save import save
+    from onnxq.linting.verb import check_written
 
     written = save(graph, destination, progress=progress)
+    if placement.target.tensorrt:
+        check_written(report, graph, placement.target)
     report.facts.update(
         output=written[0],
         files=written,
@@ -545,10 +549,12 @@ __all__ = [
     "Compared",
     "Data",
     "Inspected",
+    "Linted",
     "Quantized",
     "Result",
     "build",
     "compare",
     "inspect",
+    "lint",
     "quantize",
 ]

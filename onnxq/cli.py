@@ -216,6 +216,37 @@ def inspect(progress: Any, /, model: Path, report: Path | None, **options: Any) 
 
 
 @main.command()
+@_MODEL
+@_TARGET
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="RULE|SEVERITY",
+    help="Leave out a rule's findings, or all 'portability' (other severities likewise).",
+)
+@click.option("--fix", is_flag=True, help="Cure what can be cured safely, into another file.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="With --fix: what to write.  [default: <model>.fixed.onnx]",
+)
+@_REPORT
+@click.pass_obj
+def lint(progress: Any, /, model: Path, as_json: bool, report: Path | None, **options: Any) -> None:
+    """Tell what TensorRT will refuse, slow down or compute wrongly in MODEL; exit 1 if anything."""
+    import json
+
+    from onnxq import api
+    from onnxq.terminal import linted_lines
+
+    result = api.lint(model, progress=progress, **options)
+    text = json.dumps(result.as_dict(), indent=2).splitlines()
+    _finish(progress, result, text if as_json else linted_lines(result), report)
+
+
+@main.command()
 def recipes() -> None:
     """List the presets."""
     from onnxq.terminal import recipe_lines

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxq.engine.build import BuildResult
     from onnxq.engine.coverage import Coverage
     from onnxq.evaluate.comparison import Comparison
+    from onnxq.linting.finding import Finding
     from onnxq.placement import Placement
 
 
@@ -65,6 +66,14 @@ class Compared(Result):
     """Of `compare`."""
 
     comparison: Comparison | None = field(default=None, repr=False)
+
+
+@dataclass
+class Linted(Result):
+    """Of `lint`: what was found, worst first, and the files written by `fix`."""
+
+    findings: tuple[Finding, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 @dataclass

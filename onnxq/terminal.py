@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
-    from onnxq.results import Built, Compared, Inspected, Quantized, Recommended
+    from onnxq.linting.finding import Finding
+    from onnxq.results import Built, Compared, Inspected, Linted, Quantized, Recommended
 
 _QUIET_FIRST = 2.0
 _EVERY = 0.2
@@ -163,6 +164,36 @@ def compared_lines(result: Compared) -> list[str]:
     """The comparison's table, and where the error enters if that was asked for."""
     assert result.comparison is not None
     return result.comparison.lines()
+
+
+def linted_lines(result: Linted) -> list[str]:
+    """The findings rule by rule, worst first, with their cures; and what was fixed."""
+    facts, edits = result.report.facts, result.report.edits
+    lines = [f"fixed {e.target}: {e.verb}: {e.reason}" for e in edits[:_SHOWN]]
+    if len(edits) > _SHOWN:
+        lines.append(f"fixed {len(edits) - _SHOWN} more (in the report)")
+    if result.files:
+        lines.append(f"wrote {result.files[0]}; what is left there:")
+    count = len(result.findings)
+    lines.append(f"{result.report.title}: {count or 'no'} finding{'' if count == 1 else 's'}")
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in result.findings:
+        groups.setdefault((finding.severity.value, finding.rule), []).append(finding)
+    for (severity, rule), found in groups.items():
+        first = found[0]
+        kind = f" ({first.operator})" if first.operator else ""
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        fixable = " (--fix may do it)" if first.fixable and not result.files else ""
+        lines += [
+            f"  {severity}: {rule}: {first.node}{kind}{more}: {first.reason}",
+            f"    cure: {first.cure}{fixable}",
+        ]
+    lines += _notes(result.report.notes)
+    lines.append(
+        "told from the file alone; the compiler's own word: "
+        f"onnxq build {facts.get('output', facts['model'])} --target {facts['target']} --strict"
+    )
+    return lines
 
 
 def built_lines(result: Built) -> list[str]:

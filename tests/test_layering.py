@@ -61,6 +61,14 @@ def test_algorithms_see_no_graph() -> None:
         assert "onnxq.graph" not in source and "onnxq.placement" not in source
 
 
+def test_lint_looks_at_the_file_alone() -> None:
+    """Its rules know graphs: nothing that quantizes, calibrates, compiles or measures."""
+    rooms = ("algorithms", "calibrate", "engine", "evaluate", "transform", "placement", "api")
+    for path in (PACKAGE / "linting").glob("*.py"):
+        source = path.read_text()
+        assert not [room for room in rooms if f"onnxq.{room}" in source], path
+
+
 def test_printing_and_exiting_are_the_command_lines() -> None:
     for path in _files():
         if path.name == "cli.py":

@@ -10,6 +10,7 @@ from lint_cases import look, saved
 
 from onnxq.errors import OnnxqError
 from onnxq.linting.finding import Severity
+from onnxq.linting.fix import CURES
 from onnxq.linting.operators import IMPORTED, WITHOUT_PLUGIN
 from onnxq.linting.rules import BY_ID, RULES
 from tools.lint_truth.forms import CASES
@@ -30,9 +31,10 @@ def test_every_rule_has_a_form_that_trips_it_and_many_that_do_not() -> None:
     assert any(not case.rules for case in CASES.values())
 
 
-def test_ids_are_stable_words() -> None:
+def test_ids_are_stable_words_and_cures_are_announced() -> None:
     assert len(BY_ID) == len(RULES)
     assert all(rule.id == rule.id.lower() and " " not in rule.id for rule in RULES)
+    assert {rule.id for rule in RULES if rule.fixable} == set(CURES)
 
 
 def test_findings_come_worst_first(tmp_path: Path) -> None:
