@@ -11,11 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxq.algorithms import KINDS, STEPS
+from onnxq.algorithms import DATA_FREE, KINDS, STEPS
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme, quant_format
 from onnxq.gpus import Target
 from onnxq.rules import CHOICES, Choice, Rule, check_choice, parse_rule, rule_from
+from onnxq.sparsity import Pattern
 
 __all__ = [
     "Recipe",
@@ -33,7 +34,8 @@ _CALIBRATORS = ("max", "percentile", "entropy", "mse")
 _OPS = ("MatMul", "Gemm", "Conv")
 _LEAST_BLOCK = 16
 
-# What both operands of a product may be: the pairs for which TensorRT has a kernel, and UINT4.
+# What both operands of a product may be: the pairs for which TensorRT has a kernel, and UINT4; and
+# neither, for weights that are pruned alone.
 _PARTNERS = {
     "int8": ("int8", "none"),
     "fp8": ("fp8", "none"),
@@ -41,6 +43,7 @@ _PARTNERS = {
     "uint4": ("none",),
     "nvfp4": ("nvfp4",),
     "mxfp8": ("mxfp8",),
+    "none": ("none",),
 }
 
 
@@ -51,7 +54,7 @@ class Recipe:
     Attributes:
         name: preset's name, or the file's.
         description: a sentence for people.
-        weights: format of the weights.
+        weights: format of the weights, or `none`: they are pruned, and stay in their type.
         weight_granularity: `channel` (one scale an output channel) or `tensor`; formats that come
             in blocks have a scale a block whatever it says.
         block_size: elements under one scale of a 4-bit weight; a power of two. A layer whose
@@ -59,6 +62,7 @@ class Recipe:
         activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
         calibrator: `max`, `percentile:99.99`, `entropy`, `mse` or `mse:2` (see `calibrate.ranges`).
+        sparsity: pattern of zeros, such as `2:4` (see `onnxq.sparsity`); '': none. A step says how.
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
             weight becomes the largest code, and all are rounded to nearest.
         attention: quantize the two products and the probabilities of each attention.
@@ -76,6 +80,7 @@ class Recipe:
     activations: str = "fp8"
     mode: Mode = "static"
     calibrator: str = "max"
+    sparsity: str = ""
     steps: tuple[str, ...] = ()
     attention: bool = False
     lm_head: Choice = "leave"
@@ -90,13 +95,18 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether a calibration is needed: for ranges, or for the steps' Gram matrices."""
-        return self.needs_ranges or bool(self.steps)
+        return self.needs_ranges or self.looks_at_inputs
+
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether any of its steps looks at what the layers read."""
+        return any(name not in DATA_FREE for name in self.steps)
 
     @property
     def needs_grams(self) -> bool:
         """Whether its steps take Gram matrices of a calibration; some run the model themselves."""
         rescales = any(STEPS[name][0] == "rescale" for name in self.steps)
-        return bool(self.steps) and (rescales or "sequential" not in self.steps)
+        return self.looks_at_inputs and (rescales or "sequential" not in self.steps)
 
     @property
     def needs_ranges(self) -> bool:
@@ -104,8 +114,18 @@ class Recipe:
         return self.mode == "static" and self.activations not in ("none", "mxfp8")
 
     @property
+    def quantizes(self) -> bool:
+        """Whether weights become codes; else they are pruned, and that is all."""
+        return self.weights != "none"
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern of zeros it asks for."""
+        return Pattern.parse(self.sparsity) if self.sparsity else None
+
+    @property
     def weight_format(self) -> QuantFormat:
-        """The row of `weights`."""
+        """The row of `weights`; there is none where it does not quantize."""
         return quant_format(self.weights)
 
     @property
@@ -116,11 +136,13 @@ class Recipe:
     @property
     def block(self) -> int:
         """Elements under one scale of a weight, as far as its length allows; 0: no blocks."""
-        return self.weight_format.block or self.block_size
+        return (self.weight_format.block if self.quantizes else 0) or self.block_size
 
     @property
     def min_opset(self) -> int:
         """First opset that can say what it asks for."""
+        if not self.quantizes:
+            return 0
         scheme = QuantScheme(
             self.weight_format, PerBlock(0, self.block) if self.block else PerTensor(), ""
         )
@@ -223,16 +245,47 @@ def _check_values(recipe: Recipe) -> None:
 def _check_steps(recipe: Recipe, where: str) -> None:
     for name in recipe.steps:
         check_choice(where, "steps", name, tuple(STEPS))
-    order = [KINDS.index(STEPS[name][0]) for name in recipe.steps]
-    if sorted(set(order)) != order:
-        kinds = ", then ".join(KINDS)
-        raise OnnxqError(
-            f"{where}: the steps {', '.join(recipe.steps)} make no sense in this order",
-            f"a step of each kind at most, {kinds}",
-        )
+    kinds, order = [STEPS[name][0] for name in recipe.steps], list(KINDS)
+    for i in range(1, len(kinds)):
+        if order.index(kinds[i - 1]) >= order.index(kinds[i]):
+            pair = f"{recipe.steps[i]} after {recipe.steps[i - 1]}"
+            why = "two of a kind" if kinds[i - 1] == kinds[i] else KINDS[kinds[i]]
+            raise OnnxqError(
+                f"{where}: the steps {', '.join(recipe.steps)} make no sense in this order: {pair}",
+                f"{why}; a step of each kind at most, {', then '.join(KINDS)}",
+            )
+    _check_zeros(recipe, where, dict(zip(kinds, recipe.steps, strict=True)))
+
+
+def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None:
+    """The pattern, the step that puts it in, and those that need it go together."""
+    if recipe.sparsity:
+        Pattern.parse(recipe.sparsity)
+    ways = ", ".join(name for name, (kind, _) in STEPS.items() if kind == "sparsify")
+    wrong = hint = ""
+    if recipe.sparsity and "sparsify" not in by_kind:
+        wrong, hint = f"sparsity {recipe.sparsity}, and no step that does it", f"add one of: {ways}"
+    elif "sparsify" in by_kind and not recipe.sparsity:
+        wrong, hint = f"the step {by_kind['sparsify']} without a pattern", "set sparsity, as in 2:4"
+    elif "refit" in by_kind and "sparsify" not in by_kind:
+        wrong, hint = "refit without a step that puts in zeros", f"add one of: {ways}"
+    elif not recipe.quantizes and not recipe.sparsity:
+        wrong, hint = "it neither quantizes nor prunes", "set weights, or sparsity"
+    elif not recipe.quantizes and (left := by_kind.keys() & {"scale", "round", "refine"}):
+        names = ", ".join(by_kind[kind] for kind in KINDS if kind in left)
+        wrong, hint = f"{names}, and weights that are not rounded", "leave out what rounds"
+    if wrong:
+        raise OnnxqError(f"{where}: {wrong}", hint)
 
 
 def _check_formats(recipe: Recipe, where: str) -> None:
+    if not recipe.quantizes:
+        if recipe.activations != "none" or recipe.block_size or recipe.attention:
+            raise OnnxqError(
+                f"{where}: weights that stay in their type, with quantized activations or blocks",
+                "set activations=none, block_size=0 and attention=false",
+            )
+        return
     weights = recipe.weight_format
     if recipe.activations not in _PARTNERS[weights.name]:
         raise OnnxqError(

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["rescale", "target", "scale", "round", "refine"]
+Kind = Literal["rescale", "target", "sparsify", "refit", "scale", "round", "refine"]
 
-KINDS: tuple[Kind, ...] = ("rescale", "target", "scale", "round", "refine")
-"""In the order that makes sense: the layers themselves, what to round towards, scales, values
-under them, those values again."""
+KINDS: dict[Kind, str] = {
+    "rescale": "it changes the weights and the inputs that all other steps look at",
+    "target": "it says what all that follows shall come near to",
+    "sparsify": "zeros put in later undo what was chosen for the weights they replace",
+    "refit": "it moves the weights, which then no longer fit their scales and codes",
+    "scale": "codes mean nothing under other scales",
+    "round": "it starts anew, whatever was refined",
+    "refine": "",
+}
+"""In the order that makes sense: the layers themselves, what to come near to, zeros, the weights
+left beside them, scales, values under them, those values again. And why none can come later."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
     "awq": ("rescale", "weights that meet large inputs made larger, and the inputs smaller"),
     "sequential": ("target", "layer by layer, each making up for the error of those before it"),
+    "magnitude": ("sparsify", "the smallest weights become zero"),
+    "wanda": ("sparsify", "the weights that add least to an output become zero"),
+    "sparsegpt": ("sparsify", "zeros where they cost least, made up for by inputs to come"),
+    "refit": ("refit", "the weights beside the zeros by least squares"),
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),
     "descent": ("refine", "every code looked at again, given all the others"),
 }
-"""Name -> kind and what it does. All of them need the second moments of the layer's input."""
+"""Name -> kind and what it does. All but `DATA_FREE` need the second moments of a layer's input."""
+
+DATA_FREE = ("magnitude",)
+"""Steps that look at nothing but the weight."""

@@ -13,6 +13,7 @@ sweep keeps the blocks as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,44 +32,81 @@ _LAZY = 128  # inputs whose effect on all later ones is applied in one matrix pr
 _CLOSE = 16  # and on the rest of those: smaller, so that rows stay in the cache
 
 
+Settle = Callable[[int, Matrix], Matrix]
+"""(input, its weights as errors before it left them [N]) -> what they become."""
+
+Begin = Callable[[int, Matrix], None]
+"""(first input of a group in the order of the sweep, the group's weights as they stand now)."""
+
+
 class Sweep:
     """What depends on the input alone: made once for all layers that read it.
+
+    Attributes:
+        order: input taken k-th.
+        U: upper Cholesky factor of H^-1 in that order.
 
     Args:
         H: X^T X of the input, any multiple of it [K, K].
         damp: see `DAMP`.
         act_order: sweep the inputs by falling H_kk, the heavy ones while nothing has moved yet.
+        group: neighbours that stay together, and in their order.
 
     Raises:
         LinAlgError: H is not finite, or not positive definite when damped.
     """
 
-    def __init__(self, H: Matrix, damp: float = DAMP, act_order: bool = True) -> None:
+    def __init__(
+        self, H: Matrix, damp: float = DAMP, act_order: bool = True, group: int = 1
+    ) -> None:
         diagonal = np.diag(H)
-        self.order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+        self.order = np.arange(len(diagonal))
+        if act_order:
+            heads = np.argsort(-diagonal.reshape(-1, group).sum(axis=1), kind="stable") * group
+            self.order = (heads[:, None] + np.arange(group)).reshape(-1)
         self.U = inverse_factor(damped(H[np.ix_(self.order, self.order)], damp)).astype(np.float32)
 
-    def round(self, W: Matrix, step: Matrix, fmt: QuantFormat) -> NDArray[np.float32]:
+    def round(
+        self, W: Matrix, step: Matrix, fmt: QuantFormat, keep: Matrix | None = None
+    ) -> NDArray[np.float32]:
         """The format's values, in units of a step, that W is rounded to.
 
         Args:
             W: [K, N] float32.
             step: what a code is worth: [K, N], or [1, N], or a scalar.
+            keep: the weights that may be other than zero [K, N]; None: all.
+        """
+        wide = np.broadcast_to(step, W.shape)
+        grid = np.empty(W.shape, np.float32)
+
+        def settle(k: int, row: Matrix) -> Matrix:
+            grid[k] = numerics.nearest(row / wide[k], fmt)
+            if keep is not None:
+                grid[k] = np.where(keep[k], grid[k], 0)  # not -0
+            return np.asarray(grid[k] * wide[k])
+
+        self.run(W, settle)
+        return grid
+
+    def run(self, W: Matrix, settle: Settle, begin: Begin | None = None, group: int = 1) -> None:
+        """Settle all inputs one after another, and move those still to come.
+
+        Args:
+            begin: is called as each group of inputs is reached.
+            group: inputs of a group, in the order of the sweep.
         """
         K = W.shape[0]
+        close, lazy = _multiple(_CLOSE, group), _multiple(_LAZY, _multiple(_CLOSE, group))
         rest = W[self.order].astype(np.float32)
-        wide = np.broadcast_to(step, W.shape)
-        by_row = wide.strides[0] != 0
-        grid = np.empty_like(rest)
-        for low in range(0, K, _LAZY):
-            high = min(low + _LAZY, K)
+        for low in range(0, K, lazy):
+            high = min(low + lazy, K)
             errors = np.empty((high - low, W.shape[1]), np.float32)
-            for near in range(low, high, _CLOSE):
-                far = min(near + _CLOSE, high)
+            for near in range(low, high, close):
+                far = min(near + close, high)
                 for k in range(near, far):
-                    each = wide[self.order[k] if by_row else 0]
-                    grid[k] = numerics.nearest(rest[k] / each, fmt)
-                    error = (rest[k] - grid[k] * each) / self.U[k, k]
+                    if begin is not None and k % group == 0:
+                        begin(k, rest[k : k + group])
+                    error = (rest[k] - settle(int(self.order[k]), rest[k])) / self.U[k, k]
                     errors[k - low] = error
                     if k + 1 < far:
                         rest[k + 1 : far] -= np.outer(self.U[k, k + 1 : far], error)
@@ -76,6 +114,8 @@ class Sweep:
                     rest[far:high] -= self.U[near:far, far:high].T @ errors[near - low : far - low]
             if high < K:
                 rest[high:] -= self.U[low:high, high:].T @ errors
-        result = np.empty_like(grid)
-        result[self.order] = grid
-        return result
+
+
+def _multiple(size: int, of: int) -> int:
+    """The least multiple of `of` that is `size` or more."""
+    return -(-size // of) * of
