@@ -183,6 +183,8 @@ def build(
     data: PathLike | Data | None = None,
     backend: str | None = None,
     strict: bool = False,
+    cards: Sequence[str] = (),
+    beside: PathLike | None = None,
     progress: Progress = silent,
 ) -> Built:
     """Compile a model into a TensorRT engine, and read what became of each product.
@@ -194,14 +196,22 @@ def build(
             again, are several profiles.
         data: samples whose smallest, middle and largest shapes make the profile.
         strict: `passed` is False unless every quantized product runs in its format.
+        cards: GPUs to predict a run on (see `predicting`); none: those of the target, where the
+            shapes are fixed.
+        beside: the original, to predict beside it.
     """
     from onnxq.engine.build import build as compile_engine
     from onnxq.engine.expected import expected_products
     from onnxq.engine.shapes import profile_from_ranges, split_profiles
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import infer_types
+    from onnxq.predicting import find_cards, predict
 
     source, given = Path(model), Data.of(data)
+    found = find_cards(cards, target)
+    original = Path(beside) if beside is not None else None
+    if original is not None and not original.is_file():
+        raise OnnxqError(f"no such file: {original}", "name the model's .onnx file")
     graph = Model.load(source)
     infer_types(graph)
     profiles: Sequence[Any] = split_profiles(shapes)
@@ -232,7 +242,11 @@ def build(
         coverage=coverage.to_json(),
         commands=built.commands(),
     )
-    return Built(report, coverage.complete or not strict, built, coverage)
+    if not built.targets and not cards:  # the GPU at hand, whichever it is
+        found = []
+    predicted = predict(built, found, beside=original, again=bool(cards), progress=progress)
+    report.facts["predicted"] = predicted.as_dict() if predicted else None
+    return Built(report, coverage.complete or not strict, built, coverage, predicted)
 
 
 def compare(

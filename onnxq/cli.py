@@ -272,6 +272,19 @@ def recipes() -> None:
     help="[default: tensorrt_rtx, ahead of time, no GPU needed]",
 )
 @click.option("--strict", is_flag=True, help="Exit 1 if a quantized layer did not end in 8 bits.")
+@click.option(
+    "--gpu",
+    "cards",
+    multiple=True,
+    metavar="NAME",
+    help="Predict a run on it, such as l40s.  [default: all of the target, if shapes are fixed]",
+)
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path),
+    metavar="ORIGINAL",
+    help="The model before it was quantized: its time in FP16 is predicted too.",
+)
 @_REPORT
 @click.pass_obj
 def build(progress: Any, /, model: Path, report: Path | None, **options: Any) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxq.evaluate.comparison import Comparison
     from onnxq.linting.finding import Finding
     from onnxq.placement import Placement
+    from onnxq.predicting import Prediction
 
 
 @dataclass
@@ -55,10 +56,11 @@ class Inspected(Result):
 
 @dataclass
 class Built(Result):
-    """Of `build`: the engine's description, and what each product became."""
+    """Of `build`: the engine's description, what each product became, and its predicted speed."""
 
     engine: BuildResult | None = field(default=None, repr=False)
     coverage: Coverage | None = field(default=None, repr=False)
+    predicted: Prediction | None = field(default=None, repr=False)
 
 
 @dataclass

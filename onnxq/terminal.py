@@ -212,6 +212,8 @@ def built_lines(result: Built) -> list[str]:
     for text, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"  {names[0]}{more}: {text}")
+    if result.predicted is not None:
+        lines += [f"  {line}" for line in result.predicted.lines()]
     lines += ["on the GPU machine:", *(f"  {command}" for command in facts["commands"])]
     lines.append(
         f"wrote {facts['engine']}: {megabytes(facts['engine_bytes'])}, and {facts['engine']}.json"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import onnxq
+from onnxq.graph.model import Model
+from onnxq.graph.prepare import prepare
 from onnxq.samples import Data
+from tools.bench.flops import model_flops
 
 SMOLLM2_SHAPES = ["input_ids:1x{0},1x256,4x512", "attention_mask:1x{0},1x256,4x512"]
 MINILM = [f"{n}:1x8,4x128,8x256" for n in ("input_ids", "attention_mask", "token_type_ids")]
@@ -176,6 +181,18 @@ def test_sdxl_tiny(recipe: str, models: Path, folder: Path) -> None:
         "conv": {form: 49, "fp16": 2},
         "attention": {"fused fp16": 34},
     }
+    assert built.predicted is not None  # from the kernels' shapes; the other from the nodes' own
+    predicted = sum(share.flops for share in built.predicted.times[0].shares)
+    assert predicted == _flops(source)
+
+
+@cache
+def _flops(folder: Path) -> int:
+    """FLOPs of one call of two rows."""
+    model, _ = prepare(Model.load(folder / "model.onnx"), 0)
+    with np.load(folder / "heldout.npz") as data:
+        feed = {name: data[name][:2] for name in data.files}
+    return sum(model_flops(model, feed).values())
 
 
 def test_sdxl_tiny_attention(models: Path, folder: Path) -> None:
