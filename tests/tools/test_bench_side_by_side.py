@@ -21,9 +21,9 @@ from tools.bench.side_by_side import side_by_side as measure
 _SCRIPT = """
 import shutil, sys
 from pathlib import Path
-recipe, model, calib, output = sys.argv[1:]
+recipe, model, calib, output, *block = sys.argv[1:]
 with Path({calls!r}).open("a") as stream:
-    print(recipe, file=stream)
+    print("@".join([recipe, *block]), file=stream)
 if recipe == "good":
     shutil.copy(model, output)
 elif recipe == "bad":
@@ -54,7 +54,9 @@ class Bench:
     folder: Path
     case: Case
     script: Path
-    peer: Peer = field(default_factory=lambda: Peer("fake", ("good", "bad", "rude")))
+    peer: Peer = field(
+        default_factory=lambda: Peer("fake", ("good", "bad", "rude"), four=("good",))
+    )
     judged: list[str] = field(default_factory=list)
 
     def calls(self) -> list[str]:
@@ -81,10 +83,14 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         ("x:1x32,4x32,8x32",),
         (),
         shared=("--calib", str(tmp_path / "calib.npz")),
+        four=("--calib", str(tmp_path / "heldout.npz")),
+        heldout_four=("--data", str(tmp_path / "calib.npz")),
+        block=16,
     )
     script = tmp_path / "scripts/fake_peer.py"
     script.parent.mkdir()
-    script.write_text(_SCRIPT.format(calls=str(tmp_path / "calls")))
+    for path in (script, script.with_name("fake_int4.py")):
+        path.write_text(_SCRIPT.format(calls=str(tmp_path / "calls")))
     made = Bench(tmp_path, case, script)
     known = {peer.name: peer for peer in (Peer(FLOOR, ()), Peer(OURS, ()), made.peer)}
     monkeypatch.setattr(peers, "_SCRIPTS", script.parent)
@@ -107,6 +113,27 @@ def test_results_are_kept(bench: Bench) -> None:
     assert bench.calls() == ["good", "bad", "rude"]
     parts = ("outputs", "compiled", "linted")
     assert bench.judged == [f"fake.{recipe} {p}" for recipe in ("good", "rude") for p in parts]
+
+
+def test_methods_for_four_bits_have_their_own_script_data_and_judgement(bench: Bench) -> None:
+    bench.rows()
+    row = bench.rows(bits=4)["fake good"]
+    assert bench.calls() == ["good", "bad", "rude", "good@16"]
+    assert row["outputs"] and "compiled" not in row
+    of_eight, of_four = (bench.folder / f"bench/tiny{kind}" for kind in ("", "-4bit"))
+    for eight, four in (("calib", "heldout"), ("heldout", "calib")):
+        with np.load(of_eight / f"{eight}.npz") as a, np.load(of_four / f"{four}.npz") as b:
+            assert np.array_equal(a["x"], b["x"])
+    script = bench.script.with_name("fake_int4.py")
+    script.write_text(script.read_text() + "# another version\n")
+    bench.rows(), bench.rows(bits=4)
+    assert bench.calls()[4:] == ["good@16"]
+
+
+def test_a_run_that_takes_too_long_is_stopped(bench: Bench) -> None:
+    script = bench.script.with_name("fake_int4.py")
+    script.write_text("import time\ntime.sleep(60)\n")
+    assert bench.rows(bits=4, limit=0.2)["fake good"]["failed"] == "stopped after 0 minutes"
 
 
 def test_the_same_output_is_judged_once(bench: Bench) -> None:

@@ -8,7 +8,7 @@ import pytest
 from bench_rows import row
 
 from tools.bench import plot, tables
-from tools.bench.bars import bars, losses, usage
+from tools.bench.bars import bars, bars_at_four_bits, losses, usage
 
 
 def test_cells_stand_under_their_headings() -> None:
@@ -154,6 +154,48 @@ def test_a_peer_whose_output_does_not_load_has_no_error_to_beat() -> None:
 
 def test_no_bars_without_both_sides() -> None:
     assert bars([row("onnxq", "int8"), row("modelopt", "int8", failed="no")]) == []
+
+
+def at_four_bits(**figures: float) -> list[tables.Row]:
+    """Ours in INT4, each recipe with its SNR, or of SmolLM2 its perplexity."""
+    made = []
+    for name, value in figures.items():
+        model, _, recipe = name.partition("_")
+        measure = {"snr": value} if model == "minilm" else {"snr": 9.0, "perplexity": value}
+        made.append(row("onnxq", f"int4-{recipe}", model=model, cpu=2.0, **measure))
+        made[-1].pop("compiled"), made[-1].pop("linted")
+    return made
+
+
+def test_bars_at_four_bits() -> None:
+    """Perplexity 20 in full: rounded to nearest loses ln 1.5, the best ln 1.2, 0.45 of it."""
+    rows = at_four_bits(
+        minilm_rtn=10.0, minilm_awq=11.0, minilm_gptq=13.4, minilm_best=15.0,
+        smollm2_rtn=30.0, smollm2_awq=28.0, smollm2_gptq=26.0, smollm2_best=24.0,
+    )  # fmt: skip
+    rows += [
+        row("modelopt", "int4-awq-lite", snr=14.9, cpu=19.8),
+        row("onnxsim", "int4-gptq", model="smollm2", perplexity=23.0),
+        row("onnxruntime", "int4-gptq", model="smollm2", failed="stopped"),
+    ]
+    assert {bar.what: (bar.measured, bar.reached) for bar in bars_at_four_bits(rows)} == {
+        "minilm int4-gptq: SNR over int4-rtn's": ("+3.40 dB", False),
+        "minilm int4-best: SNR over int4-rtn's": ("+5.00 dB", True),
+        "minilm int4-best: error": ("SNR 15.0 dB; theirs 14.9", True),
+        "minilm: CPU time of AWQ, against ModelOpt's awq_lite": ("9.9 x less", False),
+        "smollm2 int4-best: log perplexity lost, of int4-rtn's": ("0.45", True),
+        "smollm2 int4-best: error": ("perplexity 24.000; theirs 23.000; full 20.000", False),
+    }
+    assert bars_at_four_bits([r for r in rows if r["recipe"] != "int4-rtn"]) == []
+
+
+def test_a_table_without_compiling_has_no_columns_for_it() -> None:
+    rows = at_four_bits(minilm_rtn=10.0)
+    headings, _ = tables.grid(rows)
+    assert "SNR dB" in headings and not {"lint", "compiles", "8-bit FLOPs"} & set(headings)
+    assert losses([*rows, row("onnxsim", "int4-rtn", snr=12.0, share=None, cpu=3.0)]) == [
+        "minilm int4-rtn, SNR dB: 10.0; onnxsim int4-rtn 12.0 (does not compile)"
+    ]
 
 
 def test_losses_name_who_is_better_and_whether_that_compiles() -> None:

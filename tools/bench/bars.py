@@ -5,9 +5,9 @@ For each figure onnxq is held against the best of the peers' recipes of that for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, log
 from statistics import median
 from typing import Any
 
@@ -42,6 +42,47 @@ def bars(rows: Iterable[Row]) -> list[Bar]:
     return made
 
 
+def bars_at_four_bits(rows: Iterable[Row]) -> list[Bar]:
+    """What was promised of INT4 weights, of every model that the rows hold."""
+    found = list(rows)
+    made: list[Bar] = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        of_model = [r for r in found if r["model"] == model and "outputs" in r]
+        ours = {r["recipe"]: r for r in of_model if r["peer"] == "onnxq"}
+        theirs = [r for r in of_model if r["peer"] != "onnxq"]
+        if not {"int4-rtn", "int4-awq", "int4-gptq", "int4-best"} <= ours.keys():
+            continue
+        if "reference" in ours["int4-rtn"]["outputs"]:
+            made.append(_share_lost(model, ours))
+        else:
+            made += [_gained(model, ours, "int4-gptq", 3.5), _gained(model, ours, "int4-best", 5.0)]
+        if theirs:
+            made.append(_error(f"{model} int4-best", ours["int4-best"], theirs))
+        lite = [r for r in theirs if r["peer"] == _RIVAL and r["recipe"] == "int4-awq-lite"]
+        if lite:
+            cpu = usage(lite[0], "cpu") / usage(ours["int4-awq"], "cpu")
+            what = f"{model}: CPU time of AWQ, against ModelOpt's awq_lite"
+            made.append(Bar(what, f"{cpu:.1f} x less", ">= 10 x less", cpu >= 10))
+    return made
+
+
+def _share_lost(model: str, ours: Mapping[str, Row]) -> Bar:
+    """The best recipe's loss of log perplexity as a share of that of rounding to nearest."""
+    lost = [
+        log(_or_worst(ours[name], "perplexity", inf) / ours[name]["outputs"]["reference"])
+        for name in ("int4-best", "int4-rtn")
+    ]
+    share = lost[0] / lost[1]
+    what = f"{model} int4-best: log perplexity lost, of int4-rtn's"
+    return Bar(what, f"{share:.2f}", "<= 0.50", share <= 0.5)
+
+
+def _gained(model: str, ours: Mapping[str, Row], recipe: str, wanted: float) -> Bar:
+    gain = _or_worst(ours[recipe], "snr", -inf) - _or_worst(ours["int4-rtn"], "snr", inf)
+    what = f"{model} {recipe}: SNR over int4-rtn's"
+    return Bar(what, f"{gain:+.2f} dB", f">= {wanted:.1f} dB", gain >= wanted)
+
+
 def _pair(title: str, ours: Row, theirs: Sequence[Row]) -> list[Bar]:
     cpu = min(usage(r, "cpu") for r in theirs) / usage(ours, "cpu")
     peak = usage(ours, "peak") / min(usage(r, "peak") for r in theirs)
@@ -67,12 +108,12 @@ def _error(title: str, ours: Row, theirs: Sequence[Row]) -> Bar:
     """By perplexity where there is one, else by SNR; NaN is the worst."""
     if "reference" in ours["outputs"]:
         full = ours["outputs"]["reference"]
-        mine = _or_worst(ours, "perplexity", float("inf"))
-        best = min(_or_worst(r, "perplexity", float("inf")) for r in theirs)
+        mine = _or_worst(ours, "perplexity", inf)
+        best = min(_or_worst(r, "perplexity", inf) for r in theirs)
         measured = f"perplexity {_named(mine)}; theirs {_named(best)}; full {full:.3f}"
         return Bar(f"{title}: error", measured, "lower", mine < best)
-    mine = _or_worst(ours, "snr", float("-inf"))
-    best = max(_or_worst(r, "snr", float("-inf")) for r in theirs)
+    mine = _or_worst(ours, "snr", -inf)
+    best = max(_or_worst(r, "snr", -inf) for r in theirs)
     return Bar(
         f"{title}: error",
         f"SNR {_named(mine, 1)} dB; theirs {_named(best, 1)}",
@@ -102,7 +143,7 @@ _FIGURES: tuple[tuple[str, Callable[[Row], float | None], bool, str], ...] = (
     ("file, of the original's size", lambda r: r["bytes"] / r["original_bytes"], False, "{:.2f}"),
     ("SNR dB", lambda r: r["outputs"].get("snr"), True, "{:.1f}"),
     ("perplexity", lambda r: r["outputs"].get("perplexity"), False, "{:.3f}"),
-    ("8-bit share of FLOPs", lambda r: r["compiled"].get("eight_bits"), True, "{:.3f}"),
+    ("8-bit share of FLOPs", lambda r: r.get("compiled", {}).get("eight_bits"), True, "{:.3f}"),
 )
 
 
@@ -138,4 +179,4 @@ def _kind(row: Row) -> tuple[str, str, bool]:
 
 
 def _flaw(row: Row) -> str:
-    return "" if row["compiled"]["compiles"] else " (does not compile)"
+    return "" if row.get("compiled", {}).get("compiles", True) else " (does not compile)"

@@ -26,6 +26,8 @@ class Case:
         yardstick: name of the task's measure, and the function that takes it of a model.
         shared: options that name the calibration data of onnxq and its peers alike, side by side;
             empty: the model takes no part in that.
+        four: options that name the calibration data of those with INT4 weights, likewise, and
+            `heldout_four` what they are judged by; `block`: the length of their blocks.
         tokens: of a language model, the input whose tokens the first output predicts.
         batch: rows of a held-out step.
     """
@@ -38,6 +40,9 @@ class Case:
     recipes: tuple[str, ...]
     yardstick: tuple[str, Callable[[Path], float]] | None = None
     shared: tuple[str, ...] = ()
+    four: tuple[str, ...] = ()
+    heldout_four: tuple[str, ...] = ()
+    block: int = 64
     tokens: str = ""
     batch: int = 1
 
@@ -74,11 +79,11 @@ def _each(names: tuple[str, ...], shape: str) -> tuple[str, ...]:
     return tuple(f"{name}:{shape}" for name in names)
 
 
-def perplexity(model: Path) -> float:
-    """Of the first 16 windows of the evaluation text."""
+def perplexity(model: Path, windows: int = 16) -> float:
+    """Of the first windows of the evaluation text."""
     from onnxq.evaluate.perplexity import perplexity as measure
 
-    return measure(model, WIKI / "wiki_eval.txt", SMOLLM2 / "tokenizer.json", limit=16).value
+    return measure(model, WIKI / "wiki_eval.txt", SMOLLM2 / "tokenizer.json", limit=windows).value
 
 
 def wordsim(model: Path) -> float:
@@ -117,6 +122,9 @@ CASES = {
             (*_STATIC_AND_DYNAMIC, "fp8-gptq", "int4-rtn", "int4-gptq", "int4-best"),
             ("WordSim353", wordsim),
             shared=_short(OUT / "minilm"),
+            four=("--calib", str(OUT / "minilm/calib.npz")),
+            heldout_four=("--data", str(OUT / "minilm/heldout.npz")),
+            block=32,
         ),
         Case(
             "smollm2",
@@ -138,6 +146,9 @@ CASES = {
             ),
             ("perplexity", perplexity),
             shared=_short(SMOLLM2),
+            # ModelOpt's AWQ runs all of it again for each of 210 weights.
+            four=(*_text("wiki_calib.txt", 4), "--seq-len", "128"),
+            heldout_four=_text("wiki_eval.txt", 16),
             tokens="input_ids",
         ),
         Case(

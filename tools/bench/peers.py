@@ -37,21 +37,23 @@ class Peer:
         title: its main package and those whose versions are worth a word in the table's caption.
         steps: what is installed, one `pip install` after the other; empty: this environment.
         recipes: names that its script knows; of ours, those that the command line knows.
+        four: those of INT4 weights, that are held side by side at equal bits.
     """
 
     name: str
     recipes: tuple[str, ...]
     steps: tuple[tuple[str, ...], ...] = ()
     title: tuple[str, ...] = ()
+    four: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         return ROOT / f".venv-peer-{self.name}"
 
-    @property
-    def script(self) -> Path:
+    def script(self, block: int = 0) -> Path:
         """What runs inside its environment; of ours, nothing but the command line does."""
-        return _SCRIPTS / (f"{self.name}.py" if self.name == FLOOR else f"{self.name}_peer.py")
+        kind = "" if self.name == FLOOR else "_int4" if block else "_peer"
+        return _SCRIPTS / f"{self.name}{kind}.py"
 
     def environment(self) -> dict[str, str]:
         """Make its environment unless it is there; its packages' versions, by name."""
@@ -74,17 +76,22 @@ class Peer:
     def python(self) -> str:
         return str(self.folder / "bin/python") if self.steps else sys.executable
 
-    def command(self, recipe: str, model: Path, calib: Path, output: Path) -> list[str]:
-        """What quantizes `model` into `output`."""
+    def command(
+        self, recipe: str, model: Path, calib: Path, output: Path, block: int = 0
+    ) -> list[str]:
+        """What quantizes `model` into `output`; INT4 weights in blocks of `block`."""
         if self.name == OURS:
             words = [self.python, "-m", "onnxq.cli", "-q", "quantize", str(model)]
             words += ["-o", str(output), "--recipe", recipe]
+            words += ["--set", f"block_size={block}"] if block else []
             return words + (["--calib", str(calib)] if load(recipe).needs_data else [])
-        return [self.python, "-I", *map(str, (self.script, recipe, model, calib, output))]
+        words = [self.python, "-I", str(self.script(block)), recipe]
+        return words + [str(path) for path in (model, calib, output)] + ([str(block)] * bool(block))
 
-    def code(self) -> str:
+    def code(self, block: int = 0) -> str:
         """What its results depend on beside packages: our source, or the script that calls it."""
-        files = sorted((ROOT / "onnxq").rglob("*")) if self.name == OURS else [self.script]
+        ours = self.name == OURS
+        files = sorted((ROOT / "onnxq").rglob("*")) if ours else [self.script(block)]
         return fingerprint(*(f for f in files if f.suffix in (".py", ".yaml")))
 
 
@@ -96,6 +103,7 @@ PEERS = {
             OURS,
             ("int8", "fp8", "int8-dynamic", "fp8-dynamic", "int4-rtn"),
             title=("onnxq", "onnxruntime"),
+            four=("int4-rtn", "int4-awq", "int4-gptq", "int4-best"),
         ),
         Peer(
             "modelopt",
@@ -103,12 +111,14 @@ PEERS = {
             # torch first and pinned: the CPU build. Anything else pulls gigabytes of CUDA.
             (("torch==2.13.0",), ("nvidia-modelopt[onnx]==0.47.0",)),
             ("nvidia-modelopt", "onnxruntime-gpu", "torch"),
+            four=("int4-rtn", "int4-awq-lite", "int4-awq-clip"),
         ),
         Peer(
             "onnxruntime",
             ("int8", "int8-tensorrt", "int8-dynamic"),
-            (("onnxruntime==1.31.1", "onnx"),),
+            (("onnxruntime==1.31.1", "onnx", "onnx-ir"),),
             ("onnxruntime", "onnx"),
+            four=("int4", "int4-rtn", "int4-k-quant", "int4-hqq", "int4-gptq"),
         ),
         Peer(
             "nncf",
@@ -121,6 +131,7 @@ PEERS = {
             ("int8", "int8-dynamic", "fp8", "int4"),
             (("onnxsim==0.8.1", "onnxruntime"),),
             ("onnxsim", "onnxruntime"),
+            four=("int4-rtn", "int4-awq", "int4-gptq", "int4-qronos"),
         ),
     )
 }

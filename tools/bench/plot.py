@@ -84,5 +84,5 @@ def _missing(row: Row, index: int) -> str:
     if row["peer"] == "floor":
         return ""
     if index == len(_FIGURES) - 1:
-        return "does not compile"
+        return "does not compile" if "compiled" in row else "not asked"
     return "NaN" if "snr" in row.get("outputs", {}) else "does not load"

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +35,86 @@ _JUDGING = ("onnxruntime", "tensorrt-rtx", "numpy")
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a table is made: see `side_by_side`."""
+
+    bits: int
+    rounds: int
+    limit: float
+
+    def recipes(self, peer: Peer) -> tuple[str, ...]:
+        """The peer's that take part."""
+        return peer.four if self.bits == 4 and peer.name != FLOOR else peer.recipes
+
+    def folder(self, case: Case) -> Path:
+        return BENCH / (f"{case.name}-4bit" if self.bits == 4 else case.name)
+
+    def data(self, case: Case) -> dict[str, tuple[str, ...]]:
+        """The options that name its data."""
+        if self.bits == 4:
+            return {"calib": case.four, "heldout": case.heldout_four}
+        return {"calib": case.shared, "heldout": case.heldout}
+
+    def block(self, case: Case) -> int:
+        return case.block if self.bits == 4 else 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is judged."""
+        return ("outputs",) if self.bits == 4 else tuple(_JUDGES)
+
+
 def side_by_side(
-    models: Sequence[str], peers: Sequence[str], *, fresh: bool = False, rounds: int = 1
+    models: Sequence[str],
+    peers: Sequence[str],
+    *,
+    bits: int = 8,
+    fresh: bool = False,
+    rounds: int = 1,
+    limit: float = _LIMIT,
 ) -> list[Row]:
     """One row a model, peer and recipe: what it took, and what came out.
 
     Args:
         peers: names; the floor and onnxq come first, asked for or not.
+        bits: 8, or 4: the methods for INT4 weights, of which the outputs alone are judged.
         fresh: do again what is there.
         rounds: how many times each is run; those there count.
+        limit: seconds after which a run is stopped.
     """
+    setting = Setting(bits, rounds, limit)
     chosen = [PEERS[name] for name in dict.fromkeys((FLOOR, OURS, *peers))]
     packages = {peer.name: peer.environment() for peer in chosen}
     rows = []
     for name in models:
-        folder = _prepare(CASES[name])
+        folder = _prepare(CASES[name], setting)
         for _ in range(rounds):
-            for peer, recipe in _each(chosen):
-                _run(CASES[name], peer, recipe, folder, packages[peer.name], fresh, rounds)
+            for peer, recipe in _each(chosen, setting):
+                _run(CASES[name], peer, recipe, folder, packages[peer.name], fresh, setting)
             fresh = False
-        for peer, recipe in _each(chosen):
-            rows.append(_judge(CASES[name], peer, recipe, folder, packages[OURS]))
+        for peer, recipe in _each(chosen, setting):
+            rows.append(_judge(CASES[name], peer, recipe, folder, packages[OURS], setting))
     return rows
 
 
-def _each(peers: Sequence[Peer]) -> Iterator[tuple[Peer, str]]:
+def _each(peers: Sequence[Peer], setting: Setting) -> Iterator[tuple[Peer, str]]:
     for peer in peers:
-        for recipe in peer.recipes:
+        for recipe in setting.recipes(peer):
             yield peer, recipe
 
 
-def _prepare(case: Case) -> Path:
+def _prepare(case: Case, setting: Setting) -> Path:
     """The model's folder with its copy and the data, as every peer is given them."""
     import numpy as np
 
     from onnxq.graph.model import Model
 
-    folder = BENCH / case.name
+    folder = setting.folder(case)
     source = _sources(case.model)
     _copy_input(source, folder / "input")
     inputs = Model.load(case.model).inputs()
-    for name, options in (("calib", case.shared), ("heldout", case.heldout)):
+    for name, options in setting.data(case).items():
         feeds = list(data(options).open(inputs))
         arrays: dict[str, Any] = {
             spec.name: np.concatenate([feed[spec.name] for feed in feeds]) for spec in inputs
@@ -112,21 +151,21 @@ def _run(
     folder: Path,
     packages: dict[str, str],
     fresh: bool,
-    rounds: int,
+    setting: Setting,
 ) -> None:
     """Run a recipe once more, unless it has been run often enough as it is."""
     place = folder / f"{peer.name}.{recipe}"
     source = _sources(case.model)
     key = {
         "packages": packages,
-        "code": peer.code(),
+        "code": peer.code(setting.block(case)),
         "model": fingerprint(*source),
         "calib": _contents(folder / "calib.npz"),
     }
     known = _read(place / "result.json")
     if fresh or known.get("key") != key:
         known = {"key": key, "runs": [], "judged": known.get("judged", {})}
-    if len(known["runs"]) >= rounds or known.get("failed"):
+    if len(known["runs"]) >= setting.rounds or known.get("failed"):
         return
     print(f"{case.name}: {peer.name} {recipe} ...", file=sys.stderr, flush=True)
     running = folder / "running"
@@ -134,12 +173,12 @@ def _run(
     running.mkdir()
     output = running / "model.onnx"
     arguments = (folder / "input" / case.model.name, folder / "calib.npz", output)
-    words = peer.command(recipe, *(path.resolve() for path in arguments))
+    words = peer.command(recipe, *(path.resolve() for path in arguments), setting.block(case))
     with tempfile.TemporaryDirectory() as scratch:
-        usage = measured(words, limit=_LIMIT, environment=_paths(peer), folder=Path(scratch))
+        usage = measured(words, limit=setting.limit, environment=_paths(peer), folder=Path(scratch))
     (running / "log.txt").write_text(usage.said)
     known["runs"].append({k: v for k, v in asdict(usage).items() if k != "said"})
-    known["failed"] = _failure(usage.code, usage.said, peer, output)
+    known["failed"] = _failure(usage.code, usage.said, peer, output, setting.limit)
     known["input_changed"] = _copy_input(source, folder / "input")
     _write(running / "result.json", known)
     shutil.rmtree(place, ignore_errors=True)
@@ -150,17 +189,24 @@ def _paths(peer: Peer) -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT)} if peer.name == OURS else {}
 
 
-def _failure(code: int | None, said: str, peer: Peer, output: Path) -> str:
+def _failure(code: int | None, said: str, peer: Peer, output: Path, limit: float) -> str:
     """Why there is no result, in a line; '' where there is one."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if code is None:
-        return f"stopped after {_LIMIT / 60:.0f} minutes"
+        return f"stopped after {limit / 60:.0f} minutes"
     if code != 0:
         return (lines[-1] if lines else f"exit {code}")[:300]
     return "" if peer.name == FLOOR or output.exists() else "it wrote no model"
 
 
-def _judge(case: Case, peer: Peer, recipe: str, folder: Path, packages: dict[str, str]) -> Row:
+def _judge(
+    case: Case,
+    peer: Peer,
+    recipe: str,
+    folder: Path,
+    packages: dict[str, str],
+    setting: Setting,
+) -> Row:
     """The row of a result: its usage, its size, and every part of its judgement."""
     place = folder / f"{peer.name}.{recipe}"
     known = _read(place / "result.json")
@@ -177,9 +223,9 @@ def _judge(case: Case, peer: Peer, recipe: str, folder: Path, packages: dict[str
     row["bytes"] = _size(model)
     row["original_bytes"] = _size(case.model)
     written = fingerprint(*(f for f in sorted(place.iterdir()) if f.suffix not in _NOTES))
-    for part, made_by in _JUDGES.items():
+    for part in setting.parts:
         key = {
-            "code": fingerprint(*_files(made_by)),
+            "code": fingerprint(*_files(_JUDGES[part])),
             "packages": {name: packages.get(name, "") for name in _JUDGING},
             "heldout": _contents(folder / "heldout.npz"),
             "output": written,

@@ -36,20 +36,23 @@ def cells(row: Row) -> list[str]:
 
 
 def _judged(row: Row) -> dict[str, str]:
-    outputs, compiled = row["outputs"], row["compiled"]
+    outputs = row["outputs"]
     measured = "snr" in outputs
-    compiles = compiled["compiles"]
-    return {
+    text = {
         "size": f"{row['bytes'] / row['original_bytes']:.2f}",
         "SNR dB": _number(outputs.get("snr"), "{:.1f}", measured),
         "cosine": _number(outputs.get("cosine"), "{:.4f}", measured),
         "perplexity": _number(outputs.get("perplexity"), "{:.6g}", "reference" in outputs),
         "loads in ORT": outputs["loads"],
-        "lint": _findings(row["linted"]),
-        "compiles": "yes" if compiles else "no",
-        "8-bit FLOPs": f"{100 * compiled['eight_bits']:.1f} %" if compiles else "0",
-        "attention": _attention(compiled),
     }
+    if "linted" in row:
+        text["lint"] = _findings(row["linted"])
+    if "compiled" in row:
+        compiled, compiles = row["compiled"], row["compiled"]["compiles"]
+        text["compiles"] = "yes" if compiles else "no"
+        text["8-bit FLOPs"] = f"{100 * compiled['eight_bits']:.1f} %" if compiles else "0"
+        text["attention"] = _attention(compiled)
+    return text
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -91,7 +94,7 @@ def terminal(rows: Sequence[Row]) -> Table:
 
 def bars_table(found: Sequence[Bar]) -> Table:
     """What was promised and what was measured."""
-    table = Table(title="against ModelOpt")
+    table = Table(title="what was promised")
     for heading in ("what", "measured", "wanted", "reached"):
         table.add_column(heading)
     for bar in found:
@@ -106,7 +109,7 @@ def markdown(
     parts = ["# onnxq and its peers", f"    {command}", machine, *versions, _table(*grid(rows))]
     if found:
         lines = [[b.what, b.measured, b.wanted, _reached(b)] for b in found]
-        parts.append(_table(["against ModelOpt", "measured", "wanted", "reached"], lines))
+        parts.append(_table(["what was promised", "measured", "wanted", "reached"], lines))
     if worse := losses(rows):
         parts.append("## Where a peer does better\n\n" + "\n".join(f"- {line}" for line in worse))
     if said := notes(rows):
