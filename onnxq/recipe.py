@@ -238,7 +238,7 @@ def _check_values(recipe: Recipe) -> None:
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
         raise OnnxqError(
             f"{where}: attention in {recipe.activations} {recipe.mode}",
-            "TensorRT fuses quantized attention in static fp8 only",
+            "onnxq quantizes attention in static fp8 only",
         )
 
 

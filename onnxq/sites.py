@@ -96,7 +96,7 @@ def is_current(site: Site) -> bool:
 _MULTIPLYING = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _NEVER = {
     "Attention": "ONNX's Attention is fused in 16 bits as it is",
-    "Einsum": "Einsum has no 8-bit kernel; write it as MatMul",
+    "Einsum": "write it as MatMul to have it quantized",
     "LSTM": "no 8-bit kernel",
     "GRU": "no 8-bit kernel",
     "RNN": "no 8-bit kernel",

@@ -174,8 +174,11 @@ def linted_lines(result: Linted) -> list[str]:
         lines.append(f"fixed {len(edits) - _SHOWN} more (in the report)")
     if result.files:
         lines.append(f"wrote {result.files[0]}; what is left there:")
-    count = len(result.findings)
-    lines.append(f"{result.report.title}: {count or 'no'} finding{'' if count == 1 else 's'}")
+    count, quantized = len(result.findings), facts["quantized"]
+    what = f"{quantized or 'none'} of {facts['products']} products quantized"
+    lines.append(
+        f"{result.report.title}: {what}; {count or 'no'} finding{'' if count == 1 else 's'}"
+    )
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in result.findings:
         groups.setdefault((finding.severity.value, finding.rule), []).append(finding)
@@ -183,16 +186,17 @@ def linted_lines(result: Linted) -> list[str]:
         first = found[0]
         kind = f" ({first.operator})" if first.operator else ""
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        fixable = " (--fix may do it)" if first.fixable and not result.files else ""
+        fixable = " (or try --fix)" if any(f.fixable for f in found) and not result.files else ""
         lines += [
             f"  {severity}: {rule}: {first.node}{kind}{more}: {first.reason}",
             f"    cure: {first.cure}{fixable}",
         ]
     lines += _notes(result.report.notes)
-    lines.append(
-        "told from the file alone; the compiler's own word: "
-        f"onnxq build {facts.get('output', facts['model'])} --target {facts['target']} --strict"
-    )
+    if facts["target"] != "onnxruntime":
+        lines.append(
+            "told from the file alone; the compiler's own word: "
+            f"onnxq build {facts.get('output', facts['model'])} --target {facts['target']} --strict"
+        )
     return lines
 
 

@@ -60,10 +60,10 @@ def linear(k: int, n: int, **net: Any) -> Net:
     [
         (16, 16, ""),
         (64, 17, ""),
-        (15, 64, "thin: 15 x 64, no 8-bit kernel below 16"),
-        (64, 15, "thin: 64 x 15, no 8-bit kernel below 16"),
-        (64, 1, "thin: 64 x 1, no 8-bit kernel below 16"),
-        (1, 64, "thin: 1 x 64, no 8-bit kernel below 16"),
+        (15, 64, "thin: 15 x 64, no fast 8-bit kernel below 16"),
+        (64, 15, "thin: 64 x 15, no fast 8-bit kernel below 16"),
+        (64, 1, "thin: 64 x 1, no fast 8-bit kernel below 16"),
+        (1, 64, "thin: 1 x 64, no fast 8-bit kernel below 16"),
     ],
 )
 @pytest.mark.parametrize("recipe", ["int8", "fp8-dynamic"])
@@ -82,17 +82,17 @@ def test_batch_and_rows_change_nothing(batch: int | str, rows: int | str) -> Non
     x = graph.input("x", [batch, rows, 32])
     y = graph.op("MatMul", x, graph.weight("a", 32, 64), name="/wide")
     graph.output(graph.op("MatMul", y, graph.weight("b", 64, 8), name="/thin"))
-    thin = "thin: 64 x 8, no 8-bit kernel below 16"
+    thin = "thin: 64 x 8, no fast 8-bit kernel below 16"
     assert reasons(placed(graph)) == {"/wide": "", "/thin": thin}
 
 
 CONVS = [
     # in, out, group, kernel -> reason in INT8, in FP8
-    ((16, 16, 1, (3, 3)), "", "thin: 16 -> 16 channels, no fp8 kernel below 17"),
+    ((16, 16, 1, (3, 3)), "", "thin: 16 -> 16 channels, no fast fp8 kernel below 17"),
     ((17, 32, 1, (3, 3)), "", ""),
     (
         (3, 64, 1, (7, 7)),
-        *(f"thin: 3 -> 64 channels, no {f} kernel below" for f in ("int8", "fp8")),
+        *(f"thin: 3 -> 64 channels, no fast {f} kernel below" for f in ("int8", "fp8")),
     ),
     ((64, 64, 64, (3, 3)), *(["thin: 64 -> 64 channels in 64 groups"] * 2)),
     ((64, 64, 4, (3, 3)), "", "thin: 64 -> 64 channels in 4 groups"),
@@ -214,7 +214,7 @@ def test_operators_that_multiply_and_are_left() -> None:
     graph.output(graph.op("LSTM", x, *gates, name="/lstm", hidden_size=32))
     assert reasons(placed(graph)) == {
         "/attention": "Attention is left: ONNX's Attention is fused in 16 bits as it is",
-        "/einsum": "Einsum is left: Einsum has no 8-bit kernel; write it as MatMul",
+        "/einsum": "Einsum is left: write it as MatMul to have it quantized",
         "/lstm": "LSTM is left: no 8-bit kernel",
     }
 

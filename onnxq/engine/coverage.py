@@ -231,6 +231,8 @@ def _satisfies(ran: str, wanted: str) -> bool:
 
 
 def _why_not(layer: EngineLayer, wanted: str, ran: str, view: _View) -> str:
+    if kernels.expands_inside(layer):
+        return f"its codes are expanded inside the kernel, which multiplies in {ran}"
     for tensor in layer.inputs:
         maker = view.making.get(tensor.name)
         if maker is None or tensor.dtype in kernels.NARROW:

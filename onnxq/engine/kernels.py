@@ -33,7 +33,20 @@ def is_elementwise(layer: EngineLayer) -> bool:
 def multiply_dtype(layer: EngineLayer) -> str:
     """The dtype a layer multiplies in: `fp8`, or `fp16 x int4` where the two operands differ."""
     left, right = operands(layer)
+    if expands_inside(layer):
+        made = (*layer.outputs, *layer.inputs, *layer.constants)
+        return next((t.dtype for t in made if t.dtype in FLOATS), "fp16")
     return left if left == right else f"{left} x {right}"
+
+
+def expands_inside(layer: EngineLayer) -> bool:
+    """Whether a layer reads two operands of 8 bits and dequantizes them before it multiplies.
+
+    A gemm multiplies codes; a runtime_fusion of two quantized operands is what the compiler makes
+    of scales that cannot be taken out of the sum, or of a Cast behind DequantizeLinear.
+    """
+    left, right = operands(layer)
+    return layer.kind == "runtime_fusion" and left == right and left in ("int8", "fp8")
 
 
 def weight_bytes(layers: Iterable[EngineLayer]) -> dict[str, int]:

@@ -24,7 +24,11 @@ KNOWN_RELEASE = "1.7.1"
 _HEADER = "Layers:"
 _ORIGIN = "[ONNX Layer: "
 _SEPARATOR = re.compile(r"[\x1e\x1f]")
-_TAIL = r"StreamId: -?\d+(?:, \w+: [-\d ]+)*, Metadata: (?P<origins>.*)"
+_TAIL = (
+    r"StreamId: -?\d+(?:, \w+: [-\d ]+)*"
+    r"(?:, JumpTarget(?:Then|Else)?: .*?){0,2}"  # of If and Loop; their values are layers' names
+    r", Metadata: (?P<origins>.*)"
+)
 _LINE = re.compile(
     r"Name: (?P<name>.*), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], "
     r"Constants: \[(?P<constants>.*)\], Outputs: \[(?P<outputs>.*)\], "

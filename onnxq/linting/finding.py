@@ -36,11 +36,13 @@ class Found:
     Attributes:
         node: the node, or the name of a tensor, an input or the model.
         severity: instead of the rule's, where it depends on the graph.
+        curable: whether this case is one that `--fix` cures, if it cures the rule's.
     """
 
     node: Node | str
     reason: str
     severity: Severity | None = None
+    curable: bool = True
 
 
 Check = Callable[["Subject"], Iterator[Found]]

@@ -10,6 +10,7 @@ from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.qdq import Quantizer, constant_values, quantizer, readers
 from onnxq.graph.query import label
 from onnxq.graph.weights import array, numpy_dtype, onnx_dtype
+from onnxq.linting.scales import is_shifted
 from onnxq.linting.subject import Subject
 
 _WIDTH = ("bf16", "fp16", "fp32", "fp64")
@@ -71,7 +72,7 @@ def _along(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], rank: int,
 def signed_codes(subject: Subject, editor: Editor, node: Node) -> str | None:
     """INT8 with zero point 0 for UINT8 with zero point 128: the same values, code by code."""
     q = quantizer(node, subject.types)
-    if q is None or not _is_128(q):
+    if q is None or not is_shifted(q):
         return None
     codes = node.inputs[0]
     if node.op == "DequantizeLinear" and isinstance(codes, Constant):
@@ -88,18 +89,13 @@ def signed_codes(subject: Subject, editor: Editor, node: Node) -> str | None:
     if node.op != "QuantizeLinear":
         return None
     pair = [quantizer(n, subject.types) for n in readers(node.outputs[0])]
-    whole = [p for p in pair if p is not None and p.node.op == "DequantizeLinear" and _is_128(p)]
+    whole = [p for p in pair if p is not None and p.node.op == "DequantizeLinear" and is_shifted(p)]
     if not whole or len(whole) != len(pair):
         return None
     for part in (q, *whole):
         _set_zero(editor, part.node, part)
     node.outputs[0].dtype = np.dtype(np.int8)
     return "codes less 128, INT8"
-
-
-def _is_128(q: Quantizer) -> bool:
-    values = constant_values(q.zero)
-    return q.codes == "uint8" and values is not None and bool((np.asarray(values) == 128).all())
 
 
 def _set_zero(editor: Editor, node: Node, q: Quantizer) -> None:

@@ -133,7 +133,8 @@ def thin(subject: Subject) -> Iterator[Found]:
             group = int(product.node.attrs.get("group", 1))
             least = min(dims[1], dims[0] // max(group, 1))
             if least < THINNEST:
-                yield Found(product.node, f"it has {least} channels in a group")
+                plural = "" if least == 1 else "s"
+                yield Found(product.node, f"it has {least} channel{plural} in a group")
 
 
 def ort_layout(subject: Subject) -> Iterator[Found]:
@@ -211,8 +212,8 @@ RULES = (
         "thin",
         Severity.PORTABILITY,
         thin,
-        f"leave it in floating point: TensorRT's documentation has fast 8-bit kernels from "
-        f"{THINNEST} on; tensorrt-rtx 1.7 compiles it in 8 bits, with padding",
+        f"leave it in floating point: fast 8-bit kernels are documented from {THINNEST} on; "
+        "tensorrt-rtx 1.7.1 pads",
     ),
     Rule("onnxruntime-layout", Severity.PORTABILITY, ort_layout, _ORT_CURE, tensorrt=False),
     Rule("onnxruntime-fp8", Severity.PORTABILITY, ort_fp8, _ORT_CURE, tensorrt=False),

@@ -19,10 +19,17 @@ _ORDER = {severity: index for index, severity in enumerate(Severity)}
 
 @dataclass(frozen=True)
 class Lint:
-    """What the rules found, worst first, and what they had to say besides."""
+    """What the rules found, worst first, and what they had to say besides.
+
+    Attributes:
+        products: how many products the main graph has.
+        quantized: how many of them have an operand that comes from codes.
+    """
 
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    products: int = 0
+    quantized: int = 0
 
     def of(self, *severities: Severity) -> tuple[Finding, ...]:
         """The findings of some severities."""
@@ -42,24 +49,25 @@ def lint(model: Model, target: Target, ignore: Collection[str] = ()) -> Lint:
     """
     _check_ignored(ignore)
     model, notes = survey(model)
-    found = [*_findings(model, target, "", notes)]
+    subject = Subject(model, target)
+    found = [*_findings(subject, "", notes)]
     kept = [f for f in found if f.rule not in ignore and f.severity.value not in ignore]
     kept.sort(key=lambda f: _ORDER[f.severity])
-    return Lint(tuple(kept), tuple(dict.fromkeys(notes)))
+    quantized = sum(any(o.source for o in product.operands) for product in subject.products)
+    return Lint(tuple(kept), tuple(dict.fromkeys(notes)), len(subject.products), quantized)
 
 
-def _findings(model: Model, target: Target, where: str, notes: list[str]) -> Iterator[Finding]:
-    subject = Subject(model, target)
+def _findings(subject: Subject, where: str, notes: list[str]) -> Iterator[Finding]:
     for rule in RULES:
-        if rule.tensorrt and not target.tensorrt:
+        if rule.tensorrt and not subject.target.tensorrt:
             continue
         for found in rule.check(subject):
             yield _finding(rule, found, where)
     notes += subject.notes
-    for node, body in body_models(model):
+    for node, body in body_models(subject.model):
         inner, said = survey(body)
         notes += said
-        yield from _findings(inner, target, f" (in a body of {node})", notes)
+        yield from _findings(Subject(inner, subject.target), f" (in a body of {node})", notes)
 
 
 def _finding(rule: Rule, found: Found, where: str) -> Finding:
@@ -71,7 +79,7 @@ def _finding(rule: Rule, found: Found, where: str) -> Finding:
         "" if named else str(found.node.op),  # type: ignore[union-attr]
         found.reason + where,
         rule.cure,
-        rule.fixable and not where,
+        rule.fixable and found.curable and not where,
     )
 
 

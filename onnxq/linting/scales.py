@@ -27,9 +27,11 @@ def zero_point(subject: Subject) -> Iterator[Found]:
         values = constant_values(q.zero)
         if values is None:
             if not subject.is_fixed(q.zero):
-                yield Found(q.node, f"its zero point {q.zero.name!r} is computed at run time")
+                reason = f"its zero point {q.zero.name!r} is computed at run time"
+                yield Found(q.node, reason, curable=False)
         elif np.asarray(values, np.float32).any():
-            yield Found(q.node, f"its zero point is {_shown(np.asarray(values, np.float32))}")
+            shown = _shown(np.asarray(values, np.float32))
+            yield Found(q.node, f"its zero point is {shown}", curable=is_shifted(q))
 
 
 def uint8(subject: Subject) -> Iterator[Found]:
@@ -77,11 +79,11 @@ def scale_value(subject: Subject) -> Iterator[Found]:
             severity = Severity.NUMBERS if q.codes in ("int4", "fp4") else None
             worst = values[bad][0]
             what = "0 (an FP16 scale below 6e-8 is)" if worst == 0 else f"{worst:g}"
-            yield Found(q.node, f"{_count(bad)} of its scale is {what}", severity)
+            yield Found(q.node, f"its scale is {what}{_among(bad)}", severity)
         elif np.isinf(values).any():
             yield Found(
                 q.node,
-                f"{_count(np.isinf(values))} of its scale is infinite: every output is NaN",
+                f"its scale is infinite{_among(np.isinf(values))}: every output is NaN",
                 Severity.NUMBERS,
             )
 
@@ -173,6 +175,12 @@ def format_for_target(subject: Subject) -> Iterator[Found]:
             yield Found(q.node, f"{target.name} has no {q.codes.upper()}, which begins at {first}")
 
 
+def is_shifted(q: Quantizer) -> bool:
+    """Whether its codes are INT8's with 128 added to each."""
+    values = constant_values(q.zero)
+    return q.codes == "uint8" and values is not None and bool((np.asarray(values) == 128).all())
+
+
 def _is_offset(q: Quantizer) -> bool:
     """Whether its zero point is not zero: another rule tells that."""
     values = constant_values(q.zero)
@@ -185,8 +193,9 @@ def _scales(q: Quantizer) -> NDArray[np.float32] | None:
     return None if values is None else np.asarray(values).astype(np.float32).reshape(-1)
 
 
-def _count(which: NDArray[np.bool_]) -> str:
-    return "the value" if which.size == 1 else f"{int(which.sum())} of the {which.size} values"
+def _among(which: NDArray[np.bool_]) -> str:
+    count = int(which.sum())
+    return "" if which.size == 1 else f" (the first of {count} such among {which.size})"
 
 
 def _shown(values: NDArray[np.float32]) -> str:

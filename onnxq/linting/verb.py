@@ -61,9 +61,16 @@ def lint(
             written = save(graph, destination, progress=progress)
             graph = Model.load(written[0])
             report.facts.update(output=written[0], files=written)
+        else:
+            report.notes.append("nothing here that --fix cures: nothing was written")
     found = look(graph, gpu, ignore)
     report.notes += found.notes
-    report.facts.update(findings=[f.as_dict() for f in found.findings])
+    report.title = f"{(written or [source])[0].name} for {target}"
+    report.facts.update(
+        products=found.products,
+        quantized=found.quantized,
+        findings=[f.as_dict() for f in found.findings],
+    )
     return Linted(report, not found.findings, found.findings, tuple(written))
 
 

@@ -18,6 +18,7 @@ from onnx import helper
 
 from onnxq.engine import child
 from onnxq.engine.build import build
+from onnxq.engine.coverage import WeightedNode
 from onnxq.engine.shapes import parse_shapes
 from onnxq.errors import OnnxqError
 
@@ -84,6 +85,24 @@ def test_an_engine_and_its_sidecar(model: Path, tmp_path: Path) -> None:
     assert written["weight_bytes"]["fp8"] == 64 * 96
     assert written["coverage"]["complete"] is True
     assert written["inputs"] == [{"name": "x", "dims": [-1, -1, 64], "dtype": "fp16"}]
+
+
+def test_a_model_with_an_if_between_its_products(tmp_path: Path) -> None:
+    g = Graph()
+    x, c = "x", "c"
+
+    def branch(op: str) -> onnx.GraphProto:
+        made = helper.make_tensor_value_info(f"{op}_out", onnx.TensorProto.FLOAT16, [8, 64])
+        node = helper.make_node(op, [x], [made.name], name=f"in {op}")
+        return helper.make_graph([node], op, [], [made])
+
+    y = g.op("If", [c], then_branch=branch("Relu"), else_branch=branch("Sigmoid"))
+    w = g.constant(g.random.normal(size=(64, 64)))
+    g.nodes.append(helper.make_node("MatMul", [y, w], ["y"], name="product"))
+    path = tmp_path / "if.onnx"
+    onnx.save(g.model({"x": ("fp16", [8, 64]), "c": ("bool", [])}, {"y": [8, 64]}), path)
+    result = build(path, None, target="sm89", nodes=[WeightedNode("product", "gemm", "fp16")])
+    assert result.coverage.counts()["gemm"] == {"fp16": 1}
 
 
 def test_two_targets_and_two_profiles_in_one_engine(model: Path, tmp_path: Path) -> None:
@@ -283,6 +302,7 @@ import sys
 from pathlib import Path
 from onnxq.engine import child
 from onnxq.engine.build import build
+from onnxq.engine.coverage import WeightedNode
 start = child._start
 def remember(*arguments):
     process = start(*arguments)

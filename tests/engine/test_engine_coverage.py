@@ -107,6 +107,27 @@ def test_float_operands_are_the_reason() -> None:
     assert only(cover([gemm("fp16 fp16")], [WeightedNode("a", "gemm", "fp16")])) == ("fp16", "")
 
 
+@pytest.mark.parametrize("fmt", ["int8", "fp8"])
+def test_codes_that_are_expanded_inside_the_kernel_are_not_multiplied(fmt: str) -> None:
+    """What becomes of weight scales along the summed axis: a scale cannot be taken out."""
+    made = layer(
+        "a_myl0_1",
+        "runtime_fusion",
+        f"x {fmt} -1,64",
+        f"s fp16 64,1; w {fmt} 64,96",
+        "y fp16 -1,96",
+        "a",
+    )
+    coverage = cover([made], [WeightedNode("a", "gemm", fmt)])
+    assert only(coverage) == (
+        "fp16",
+        "its codes are expanded inside the kernel, which multiplies in fp16",
+    )
+    assert not coverage.complete
+    wide = layer("a", "runtime_fusion", f"x {fmt} -1,64", f"w {fmt} 64,96", "y fp32 -1,96", "a")
+    assert multiply_dtype(wide) == "fp32"  # a Cast to FP32 stands behind DequantizeLinear
+
+
 @pytest.mark.parametrize("fmt", ["int4", "int8", "fp8"])
 def test_weight_only_is_as_wanted_and_nothing_else_is(fmt: str) -> None:
     node = WeightedNode("a", "gemm", f"{fmt} weights")

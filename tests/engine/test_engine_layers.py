@@ -66,6 +66,14 @@ def test_names_may_hold_commas_brackets_colons_and_spaces() -> None:
     assert [t.dtype for t in gemm.inputs] == ["int8"]
 
 
+def test_control_flow_is_read_around_its_jumps() -> None:
+    """The lines of If name the layers it jumps to, and those may be called anything."""
+    layers = layers_from_log([recorded("if_between_products")])
+    assert {"cjmp", "jmp"} <= {x.kind for x in layers}
+    products = {n for x in layers if x.kind == "gemm" for n in x.onnx_nodes}
+    assert {"before", "after"} <= products
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [

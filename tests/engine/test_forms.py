@@ -15,8 +15,9 @@ Settled here for tensorrt-rtx 1.7.1, and asserted below (none of it run on a GPU
   so do Div and Mul by Reciprocal, but 1/m overflows FP16 for m below 1.5e-5.
 * **Both scales of a product have one dtype**; otherwise the compiler refuses.
 * **FP8 convolutions** with more than 32 values in the kernel run in FP16 on expanded operands.
-* **Attention** fuses in FP16 and BF16 always, in FP8 from a shortest sequence of 32, in INT8 and
-  in an FP32 graph never. Where Q/DQ, scale, mask and FP32 softmax stand makes no difference.
+* **Attention** fuses in FP16 and BF16 always, in FP8 from a shortest sequence of 32, in INT8 only
+  if its result is INT8 too, with 512 keys at most and heads of 16, 32 or 64; in FP32 never. Where
+  Q/DQ, scale, mask and FP32 softmax stand makes no difference.
 * **FP8 for sm80** is refused by the compiler; the layer list is the same for all targets.
 * **Node names** must differ: the parser refuses a second node of one name.
 """

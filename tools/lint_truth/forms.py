@@ -607,6 +607,12 @@ def _convolutions() -> None:
         add(f"{fmt} depthwise", conv(fmt, fmt, channels=(32, 32), group=32), "thin")
         add(f"{fmt} conv of 16 channels", conv(fmt, fmt, channels=(16, 16)))
         add(f"{fmt} thin product", linear(fmt, fmt, n=8), "thin")
+        g = Graph()
+        x = g.quantized(g.input("x", [2, 48, 64]), fmt)
+        add(
+            f"{fmt} Einsum",
+            product(g, x, g.weight((96, 64), fmt), "Einsum", equation="bsk,nk->bsn"),
+        )
 
 
 def _attentions() -> None:

@@ -107,15 +107,6 @@ def _truth(entries: Sequence[NodeCoverage], layers: Sequence[EngineLayer]) -> Tr
         reason = "" if "unscaled sums" in entry.reason else entry.reason
         if layer is not None and _stores_raw_sums(layer, layers):
             raw.add(entry.node.name)
-        # A fused kernel that dequantizes both operands and multiplies them in 16 bits: its inputs
-        # are codes, which coverage takes for the type it multiplies in.
-        if (
-            not reason
-            and layer is not None
-            and layer.kind == "runtime_fusion"
-            and entry.node.wanted in ("int8", "fp8")
-        ):
-            reason = f"dequantized and multiplied in 16 bits by {layer.name}"
         if entry.node.wanted == "int4" and entry.ran == "int4":
             reason = "multiplies in int4"
         if reason:
