@@ -80,7 +80,7 @@ def quantize(
     from onnxq.algorithms import STEPS
     from onnxq.graph.model import Model
     from onnxq.inputs import layer_inputs
-    from onnxq.rescaling import rescale
+    from onnxq.rescaling import rescale, summary
     from onnxq.solving import Solver
     from onnxq.transform import activation_ranges, apply_placement, settle
 
@@ -111,6 +111,7 @@ def quantize(
     if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
         placement, table, edits = rescale(graph, placement, table, progress, samples, device)
         report.edits += edits
+        report.facts["rescaling"] = summary(edits)
         if chosen.needs_ranges:
             table = _measured_again(graph, placement, table, samples, memory, device, progress)
     ranges = activation_ranges(placement, table) if table is not None else None
@@ -475,7 +476,7 @@ def _calibrate(
     from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
-    if not (placement.recipe.needs_ranges or placement.recipe.needs_grams):
+    if not (placement.recipe.needs_ranges or placement.recipe.statistics):
         return None
     watched = watched_tensors(placement)
     if not tables:
@@ -515,7 +516,7 @@ def _measured_again(
             "give the data too, with --calib or --text: a calibration table is not enough",
         )
     watched = {
-        tensor: "+".join(name for name in names.split("+") if name != "gram")
+        tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram"))
         for tensor, names in watched_tensors(placement).items()
     }
     again = calibrate(

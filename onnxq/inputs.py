@@ -107,7 +107,7 @@ def layer_inputs(
     samples: Samples | None,
     device: Device,
 ) -> Iterator[Inputs | None]:
-    """What the steps of the placement's recipe look at; None where it has no steps.
+    """What the steps of the placement's recipe look at; None where it rounds to nearest.
 
     To be opened before the base precision is converted, which renames tensors.
 
@@ -128,7 +128,7 @@ def layer_inputs(
         stops = list(dict.fromkeys(_input_names(placement).values()))
         with Staged(Segments(model, stops), samples, device=device) as staged:
             yield SequentialInputs(placement, staged)
-    elif steps:
+    elif placement.recipe.needs_grams:
         assert table is not None  # the steps are what it was made for
         yield CalibratedInputs(placement, table)
     else:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxq.algorithms import DATA_FREE, KINDS, STEPS
+from onnxq.algorithms import DATA_FREE, KINDS, NEEDS, STEPS
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerBlock, PerTensor, QuantFormat, QuantScheme, quant_format
 from onnxq.gpus import Target
@@ -65,6 +65,14 @@ class Recipe:
         sparsity: pattern of zeros, such as `2:4` (see `onnxq.sparsity`); '': none. A step says how.
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
             weight becomes the largest code, and all are rounded to nearest.
+        alpha: how far the step `smoothquant` goes, from 0 (weights alike) to 1 (inputs alike);
+            None: each input its own, that of the least error.
+        explicit: where nothing before a layer can take the factors of `smoothquant`, put a Mul
+            before it.
+        keep_worst: at most so many layers are left as they are, those that cause the largest error
+            of the model's outputs on the calibration data; 0: no such bound.
+        keep_flops: at most so large a share of the layers' multiplications is left; 0: no bound.
+        snr: decibels of the outputs at which no more layers are left; None: up to the bounds.
         attention: quantize the two products and the probabilities of each attention.
         lm_head, first, last: what happens to the vocabulary projection, to the first convolution
             and to the layer that makes an output.
@@ -82,6 +90,11 @@ class Recipe:
     calibrator: str = "max"
     sparsity: str = ""
     steps: tuple[str, ...] = ()
+    alpha: float | None = None
+    explicit: bool = False
+    keep_worst: int = 0
+    keep_flops: float = 0.0
+    snr: float | None = None
     attention: bool = False
     lm_head: Choice = "leave"
     first: Choice = "quantize"
@@ -95,7 +108,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether a calibration is needed: for ranges, or for the steps' Gram matrices."""
-        return self.needs_ranges or self.looks_at_inputs
+        return self.needs_ranges or self.looks_at_inputs or self.keeps
 
     @property
     def looks_at_inputs(self) -> bool:
@@ -105,8 +118,20 @@ class Recipe:
     @property
     def needs_grams(self) -> bool:
         """Whether its steps take Gram matrices of a calibration; some run the model themselves."""
-        rescales = any(STEPS[name][0] == "rescale" for name in self.steps)
-        return self.looks_at_inputs and (rescales or "sequential" not in self.steps)
+        steps = [name for name in self.steps if name not in (*NEEDS, *DATA_FREE)]
+        rescales = any(STEPS[name][0] == "rescale" for name in steps)
+        return bool(steps) and (rescales or "sequential" not in steps)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What its steps need to know of every layer's input, by the names of `calibrate`."""
+        needs = dict.fromkeys(NEEDS[name] for name in self.steps if name in NEEDS)
+        return (*needs, "gram") if self.needs_grams else (*needs,)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether layers are left for the error they cause."""
+        return bool(self.keep_worst or self.keep_flops or self.snr is not None)
 
     @property
     def needs_ranges(self) -> bool:
@@ -204,18 +229,34 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
     return Recipe(**values)
 
 
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "text",
+}
+
+
 def _check_types(where: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         kind = {
+            "alpha": float,
             "attention": bool,
             "block_size": int,
+            "explicit": bool,
+            "keep_flops": float,
+            "keep_worst": int,
             "ops": list,
             "rules": list,
+            "snr": float,
             "steps": list,
         }.get(name, str)
-        wrong = isinstance(value, bool) and kind is not bool
-        if wrong or not isinstance(value, (list, tuple) if kind is list else kind):
-            word = {bool: "true or false", int: "a number", list: "a list", str: "text"}[kind]
+        if value is None and name in ("alpha", "snr"):
+            continue
+        allowed = {list: (list, tuple), float: (int, float)}.get(kind, (kind,))
+        if (isinstance(value, bool) and kind is not bool) or not isinstance(value, allowed):
+            word = _WORDS[kind]
             raise OnnxqError(f"{where}: {name} is {value!r}", f"{name} takes {word}")
 
 
@@ -235,6 +276,7 @@ def _check_values(recipe: Recipe) -> None:
         check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
     _check_steps(recipe, where)
+    _check_kept(recipe, where)
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
         raise OnnxqError(
             f"{where}: attention in {recipe.activations} {recipe.mode}",
@@ -255,6 +297,8 @@ def _check_steps(recipe: Recipe, where: str) -> None:
                 f"{why}; a step of each kind at most, {', then '.join(KINDS)}",
             )
     _check_zeros(recipe, where, dict(zip(kinds, recipe.steps, strict=True)))
+    if "smoothquant" in recipe.steps:
+        _check_smoothing(recipe, where)
 
 
 def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None:
@@ -276,6 +320,30 @@ def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None
         wrong, hint = f"{names}, and weights that are not rounded", "leave out what rounds"
     if wrong:
         raise OnnxqError(f"{where}: {wrong}", hint)
+
+
+def _check_smoothing(recipe: Recipe, where: str) -> None:
+    if recipe.activation_format is None or recipe.activation_format.block:
+        raise OnnxqError(
+            f"{where}: smoothquant with activations {recipe.activations}",
+            "it is for activations of one scale for all channels: int8 or fp8",
+        )
+    if recipe.alpha is not None and not 0 <= recipe.alpha <= 1:
+        raise OnnxqError(f"{where}: alpha is {recipe.alpha}", "give a number from 0 to 1, or null")
+
+
+def _check_kept(recipe: Recipe, where: str) -> None:
+    if recipe.keep_worst < 0 or not 0 <= recipe.keep_flops <= 1:
+        raise OnnxqError(
+            f"{where}: keep_worst {recipe.keep_worst}, keep_flops {recipe.keep_flops}",
+            "give a count of layers, and a share from 0 to 1",
+        )
+    if recipe.keeps and (recipe.activation_format is None or recipe.weight_format.bits < 8):
+        raise OnnxqError(
+            f"{where}: layers to be left by the error they cause, with weights {recipe.weights} "
+            f"and activations {recipe.activations}",
+            "the error is that of activations in 8 bits: take an int8 or fp8 recipe",
+        )
 
 
 def _check_formats(recipe: Recipe, where: str) -> None:

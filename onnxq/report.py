@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ class Edit:
     verb: str
     target: str
     reason: str = ""
+
+
+def decibels(share: float) -> str:
+    """An error's power as a share of the signal's, for people: 0.01 is -20.0 dB."""
+    return f"{10 * math.log10(share):.1f} dB" if share > 0 else "none"
 
 
 @dataclass

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnxq.algorithms import STEPS
 from onnxq.algorithms.awq import search_channel_scales
 from onnxq.base import in_16_bits
-from onnxq.calibrate.statistics import Gram
+from onnxq.calibrate.rows import Rows
+from onnxq.calibrate.statistics import ChannelAmax, Gram
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.formats import PerTensor, QuantScheme
 from onnxq.graph.edit import Editor
@@ -30,6 +31,7 @@ from onnxq.report import Edit
 from onnxq.rounding import finite_peaks
 from onnxq.schemes import granularity, summed_axis
 from onnxq.sites import Site, current
+from onnxq.smoothing import Fit, Weights, search_factors
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
@@ -63,7 +65,8 @@ def rescale(
     groups = _groups(placement)
     peaks = _peaks(model, groups, samples, device) if samples is not None else {}
     for done, (tensor, sites) in enumerate(groups, 1):
-        fold = find_fold(model, tensor, [site.node for site in sites])
+        readers, explicit = [site.node for site in sites], placement.recipe.explicit
+        fold = find_fold(model, tensor, readers, explicit=explicit and name == "smoothquant")
         if isinstance(fold, str):
             edits.append(Edit(name, "leave", tensor.name, fold))
         else:
@@ -74,6 +77,12 @@ def rescale(
         progress("rescaling", done, len(groups))
     editor.finish()
     return placement.current(), table, edits
+
+
+def summary(edits: Sequence[Edit]) -> dict[str, int]:
+    """How many inputs were folded, how many got a Mul of their own, how many were left."""
+    verbs = {"folded": "fold", "multiplied": "scale", "left": "leave"}
+    return {word: sum(e.verb == verb for e in edits) for word, verb in verbs.items()}
 
 
 def _groups(placement: Placement) -> list[tuple[Tensor, list[Site]]]:
@@ -113,15 +122,40 @@ def _rescaled(
 ) -> tuple[Edit, FloatArray | None]:
     """Search the factors of one input, and fold them; None where none are worth it."""
     weights = [_weight(current(site), recipe) for site in sites]
+    found, said = _SEARCHES[name](fold, weights, recipe, table, _fitting(fold, table, peaks))
+    if found is None:
+        return Edit(name, "leave", fold.tensor.name, said), None
+    edit = fold.apply(editor, found)
+    return Edit(name, edit.verb, edit.target, f"{said}; {edit.reason}"), found
+
+
+def _fitting(fold: Fold, table: CalibrationTable, peaks: Mapping[str, float]) -> Fit:
+    """What brings factors to within what 16 bits hold."""
+    known: dict[str, FloatArray | float] = dict(peaks)
+    for statistic in table.of(fold.tensor.name).values():
+        if isinstance(statistic, ChannelAmax) and statistic.values is not None:
+            known[fold.tensor.name] = statistic.values
+    low, high = fold.bounds(base="fp16", peaks=known)
+
+    def fit(s: FloatArray) -> FloatArray:
+        s = fold.rounded(fold.shared(np.clip(s, low, high), how="max"), base="fp16")
+        return np.clip(s, low, high)  # rounded it may be beyond by its last bit
+
+    return fit
+
+
+def _awq(
+    fold: Fold, weights: Weights, recipe: Recipe, table: CalibrationTable, fit: Fit
+) -> tuple[FloatArray | None, str]:
+    """The factors for one input, or none; and why."""
     gram = table.gram(fold.tensor.name)
-    found, alpha = search_channel_scales(weights, gram, _ties(fold))
+    found, alpha = search_channel_scales(weights, gram, fold.ties())
     if alpha == 0:
-        return Edit(name, "leave", fold.tensor.name, "no factor lowers the output error"), None
-    low, high = fold.bounds(base="fp16", peaks=peaks)
-    s = fold.rounded(fold.shared(np.clip(found, low, high), how="max"), base="fp16")
-    s = np.clip(s, low, high)  # rounded it may be beyond by its last bit
-    edit = fold.apply(editor, s)
-    return Edit(name, edit.verb, edit.target, f"alpha {alpha:.2f}; {edit.reason}"), s
+        return None, "no factor lowers the output error"
+    return fit(found), f"alpha {alpha:.2f}"
+
+
+_SEARCHES = {"awq": _awq, "smoothquant": search_factors}
 
 
 def _weight(site: Site, recipe: Recipe) -> tuple[FloatArray, QuantScheme]:
@@ -135,20 +169,18 @@ def _weight(site: Site, recipe: Recipe) -> tuple[FloatArray, QuantScheme]:
     return (values.T, scheme.transposed()) if summed_axis(site) == 1 else (values, scheme)
 
 
-def _ties(fold: Fold) -> list[Any]:
-    if fold.tie is None:
-        return []
-    return [np.flatnonzero(fold.tie == label) for label in np.unique(fold.tie)]
-
-
 def _followed(table: CalibrationTable, fold: Fold, s: FloatArray) -> CalibrationTable:
     """The table of the rescaled model: exact for Gram matrices; ranges must be measured again."""
     statistics = dict(table.statistics)
-    for tensor, index in fold.scaled:
+    changed = [(tensor.name, tensor.name, index) for tensor, index in fold.scaled]
+    if fold.explicit:  # what the layers read is another tensor now
+        new = fold.readers[0].inputs[0].name
+        changed = [(fold.tensor.name, new, np.arange(fold.size))]
+    for old, new, index in changed:
         factors = np.where(index < 0, 1.0, s[index]).reshape(-1)
-        statistics[tensor.name] = {
+        statistics[new] = {
             name: statistic.divided(factors)
-            for name, statistic in table.statistics.get(tensor.name, {}).items()
-            if isinstance(statistic, Gram)
+            for name, statistic in table.statistics.get(old, {}).items()
+            if isinstance(statistic, (Gram, Rows, ChannelAmax))
         }
     return replace(table, statistics=statistics)

@@ -25,7 +25,7 @@ from onnxq.algorithms.target import corrected_target
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme
 from onnxq.inputs import Inputs, Moments
-from onnxq.report import Edit
+from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
 from onnxq.schemes import summed_axis
 from onnxq.sites import Site
@@ -54,7 +54,7 @@ class Solved:
 
     def edit(self) -> Edit:
         """For the report: every candidate's error in dB of the output."""
-        said = ", ".join(f"{name} {_decibels(e)}" for name, e in self.errors.items())
+        said = ", ".join(f"{name} {decibels(e)}" for name, e in self.errors.items())
         return Edit("round", self.kept, self.site, f"output error {said}")
 
 
@@ -221,7 +221,3 @@ def _scales(site: Site, peak: Array, scheme: QuantScheme) -> Array:
             f"weight {site.weight_name!r} of {site.name!r}: {error}",
             f"leave the layer: --rule 'leave weight={site.weight_name}'",
         ) from None
-
-
-def _decibels(share: float) -> str:
-    return f"{10 * np.log10(share):.1f} dB" if share > 0 else "none"

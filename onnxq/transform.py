@@ -57,9 +57,9 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
             kind = "amax" if recipe.calibrator == "max" else "histogram"
             for node, i in _measured_inputs(site):
                 wanted.setdefault(node.inputs[i].name, []).append(kind)
-        if recipe.needs_grams and site.kind == "linear":
-            wanted.setdefault(site.node.inputs[0].name, []).append("gram")
-    return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items()}
+        if site.kind == "linear":
+            wanted.setdefault(site.node.inputs[0].name, []).extend(recipe.statistics)
+    return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items() if kinds}
 
 
 def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges | None:

@@ -23,6 +23,7 @@ KINDS: dict[Kind, str] = {
 left beside them, scales, values under them, those values again. And why none can come later."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
+    "smoothquant": ("rescale", "loud channels of inputs made quieter, and their weights larger"),
     "awq": ("rescale", "weights that meet large inputs made larger, and the inputs smaller"),
     "sequential": ("target", "layer by layer, each making up for the error of those before it"),
     "magnitude": ("sparsify", "the smallest weights become zero"),
@@ -33,7 +34,11 @@ STEPS: dict[str, tuple[Kind, str]] = {
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),
     "descent": ("refine", "every code looked at again, given all the others"),
 }
-"""Name -> kind and what it does. All but `DATA_FREE` need the second moments of a layer's input."""
+"""Name -> kind and what it does."""
 
 DATA_FREE = ("magnitude",)
 """Steps that look at nothing but the weight."""
+
+NEEDS = {"smoothquant": "channel_amax:-1+rows"}
+"""Name -> the statistics of its layer's input that a step needs; of all others but `DATA_FREE`, the
+second moments ("gram")."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
+from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import Device
 from onnxq.calibrate.statistics import Gram, NotFiniteError, Statistic, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
@@ -88,8 +89,10 @@ def calibrate(
 
 def _held(watched: Mapping[str, str]) -> Callable[[str, int], int]:
     """What a pass keeps beside the values: Gram matrices; all else is a few kilobytes."""
-    heavy = {name for name, names in watched.items() if Gram.name in names.split("+")}
-    return lambda name, channels: Gram.bytes_for(channels) if name in heavy else 0
+    kinds = {name: names.split("+") for name, names in watched.items()}
+    return lambda name, channels: sum(
+        kind.bytes_for(channels) for kind in (Gram, Rows) if kind.name in kinds[name]
+    )
 
 
 def _park(collected: Iterable[Mapping[str, Statistic]]) -> None:

@@ -11,6 +11,7 @@ is asked for by name, several joined by "+":
 | `histogram`       | that, and counts of |x| in bins cut by the float's own bits | 57 KB  |
 | `channel_amax:-1` | max |x| of each index of one axis                           | 4 B each |
 | `gram`            | X^T X of the last axis (its channels), and the rows of X    | 4 B a pair |
+| `rows`            | 256 rows of the last axis (`onnxq.calibrate.rows`)          | 1 KB a channel |
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.bins import MagnitudeBins
+from onnxq.calibrate.rows import Rows
 from onnxq.errors import OnnxqError
 
 Array = NDArray[Any]
@@ -109,6 +111,13 @@ class ChannelAmax:
     def merge(self, other: ChannelAmax) -> None:
         if other.values is not None:
             self._raise_to(other.values)
+
+    def divided(self, s: Array) -> ChannelAmax:
+        """That of the same values, each channel divided by s [channels]."""
+        other = ChannelAmax(self.axis)
+        if self.values is not None:
+            other.values = (self.values / np.asarray(s, np.float64)).astype(np.float32)
+        return other
 
     def _raise_to(self, amax: NDArray[np.float32]) -> None:
         if self.values is not None and self.values.shape != amax.shape:
@@ -259,6 +268,7 @@ REGISTRY: dict[str, Callable[[str], Statistic]] = {
     Amax.name: lambda _: Amax(),
     Histogram.name: lambda _: Histogram(),
     Gram.name: lambda _: Gram(),
+    Rows.name: lambda _: Rows(),
     ChannelAmax.name: lambda axis: ChannelAmax(int(axis or -1)),
 }
 

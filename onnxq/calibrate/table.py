@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnxq import __version__
 from onnxq.calibrate.ranges import choose
+from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import one_line
 from onnxq.calibrate.statistics import Amax, ChannelAmax, Gram, Histogram, Statistic, make
 from onnxq.errors import OnnxqError
@@ -117,6 +118,19 @@ class CalibrationTable:
         raise OnnxqError(
             f"the Gram matrix of {tensor!r} was not calibrated",
             "calibrate again with this recipe",
+        )
+
+    def rows(self, tensor: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Rows of `tensor` [n, channels], and how many of all its rows each stands for [n].
+
+        Raises:
+            OnnxqError: it was not calibrated for them, or never held a value.
+        """
+        for statistic in self.of(tensor).values():
+            if isinstance(statistic, Rows):
+                return statistic.sample
+        raise OnnxqError(
+            f"rows of {tensor!r} were not calibrated", "calibrate again with this recipe"
         )
 
     def of(self, tensor: str) -> Mapping[str, Statistic]:

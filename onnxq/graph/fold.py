@@ -77,6 +77,12 @@ class Fold:
         alone = counts[self.tie] == 1  # as it was, to the bit
         return np.where(alone, values, means[self.tie])
 
+    def ties(self) -> list[NDArray[np.int64]]:
+        """The channels of each value that several share."""
+        if self.tie is None:
+            return []
+        return [np.flatnonzero(self.tie == label) for label in np.unique(self.tie)]
+
     def bounds(
         self,
         base: Half | None = None,

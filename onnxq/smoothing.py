@@ -1,0 +1,86 @@
+"""The step `smoothquant` on one input: what its alphas would cost, tried on rows of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from onnxq import numerics
+from onnxq.algorithms import smoothquant
+from onnxq.calibrate.ranges import choose
+from onnxq.calibrate.statistics import Histogram
+from onnxq.calibrate.table import CalibrationTable
+from onnxq.formats import QuantScheme
+from onnxq.graph.fold import Fold
+from onnxq.numerics import FloatArray
+from onnxq.recipe import Recipe
+from onnxq.report import decibels
+
+Fit = Callable[[FloatArray], FloatArray]
+Weights = Sequence[tuple[FloatArray, QuantScheme]]
+
+
+def search_factors(
+    fold: Fold, weights: Weights, recipe: Recipe, table: CalibrationTable, fit: Fit
+) -> tuple[FloatArray | None, str]:
+    """The factors for one input, None where none help; and why, in words.
+
+    Args:
+        weights: W [K, N] and how it is stored, of every layer that reads it.
+        fit: brings factors to within what 16 bits hold.
+    """
+    name = fold.tensor.name
+    peaks, values, ties = table.channels(name), [W for W, _ in weights], fold.ties()
+
+    def candidate(alpha: float) -> FloatArray:
+        return fit(smoothquant.factors(peaks, values, alpha, ties))
+
+    if recipe.alpha is not None:
+        return candidate(recipe.alpha), f"alpha {recipe.alpha:.2f} as the recipe says"
+    rows, counts = table.rows(name)
+    candidates = {alpha: candidate(alpha) for alpha in smoothquant.ALPHAS}
+    quantized = input_rounding(recipe, peaks, counts)
+    found = smoothquant.search(rows, counts, weights, candidates, quantized)
+    if found.alpha is None:
+        return None, f"no alpha lowers the output error of {decibels(found.before)}"
+    said = f"output error {decibels(found.before)} to {decibels(found.after)}"
+    return found.s, f"alpha {found.alpha:.2f}, {said}"
+
+
+def input_rounding(
+    recipe: Recipe, peaks: FloatArray, counts: FloatArray
+) -> Callable[[FloatArray, FloatArray], FloatArray]:
+    """What a recipe makes of rows [R, K] that were divided by s [K].
+
+    Args:
+        peaks: max |x| of each channel over all data, before it was divided [K].
+        counts: how many rows each stands for [R].
+    """
+    fmt = recipe.activation_format
+    assert fmt is not None  # the recipe was checked
+
+    def dynamic(rows: FloatArray, _: FloatArray) -> FloatArray:
+        step = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(1e-30)) / fmt.qmax
+        return np.asarray(numerics.nearest(rows / step, fmt) * step)
+
+    def static(rows: FloatArray, s: FloatArray) -> FloatArray:
+        if recipe.calibrator == "max":
+            peak = float((peaks / s).max())
+        else:
+            peak = choose(_counted(rows, counts), recipe.calibrator, recipe.activations)
+        step = np.float32(peak / fmt.qmax) or np.float32(1)
+        return np.asarray(numerics.nearest(rows / step, fmt) * step)
+
+    return static if recipe.mode == "static" else dynamic
+
+
+def _counted(rows: FloatArray, counts: FloatArray) -> Histogram:
+    """A histogram of rows, each counted as often as rows it stands for."""
+    total = Histogram()
+    for count in np.unique(counts):
+        part = Histogram()
+        part.update(rows[counts == count])
+        part.bins.counts *= max(1, round(float(count)))
+        total.merge(part)
+    return total

@@ -1,0 +1,83 @@
+"""SmoothQuant on one input: the factors of the paper, and the search for alpha."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxq.algorithms.smoothquant import factors, search
+from onnxq.formats import PerChannel, QuantScheme, quant_format
+
+INT8 = QuantScheme(quant_format("int8"), PerChannel(1), "float32")
+
+
+def _case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """X with one channel 50 times as loud as the others, and two weights."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((200, 32)).astype(np.float32)
+    X[:, 5] *= 50
+    return X, rng.standard_normal((32, 24)), rng.standard_normal((32, 16))
+
+
+def _int8(X: np.ndarray, s: np.ndarray) -> np.ndarray:
+    step = np.abs(X).max() / 127
+    return np.rint(X / step) * step
+
+
+def test_the_factors_are_the_papers() -> None:
+    X, V, W = _case()
+    a, w = np.abs(X).max(0), np.abs(np.hstack([V, W])).max(1)
+    for alpha in (0.0, 0.5, 1.0):
+        wanted = a**alpha / w ** (1 - alpha)
+        s = factors(a, [V, W], alpha)
+        np.testing.assert_allclose(s / s[0], wanted / wanted[0], rtol=1e-6)
+        assert s.max() * s.min() == pytest.approx(1)
+
+
+def test_channels_that_are_silent_do_not_run_away() -> None:
+    s = factors(np.array([0.0, 1.0, 2.0]), [np.array([[1.0], [0.0], [1.0]])], 0.5)
+    assert np.isfinite(s).all() and s.min() > 0
+
+
+def test_tied_channels_share_the_largest() -> None:
+    X, V, _ = _case()
+    alone = factors(np.abs(X).max(0), [V], 0.8)
+    tied = factors(np.abs(X).max(0), [V], 0.8, [np.array([4, 5, 6])])
+    assert tied[4] == tied[5] == tied[6]
+    assert tied[5] / tied[0] == pytest.approx(alone[5] / alone[0])
+
+
+def test_a_loud_channel_is_smoothed_and_the_error_is_as_told() -> None:
+    X, V, W = _case()
+    candidates = {a: factors(np.abs(X).max(0), [V, W], a) for a in (0.3, 0.5, 0.7)}
+    counts = np.ones(200)
+    found = search(X, counts, [(V, INT8), (W, INT8)], candidates, _int8)
+
+    def error(s: np.ndarray) -> float:
+        total = 0.0
+        for M in (V, W):
+            scaled = M * s[:, None]
+            step = np.abs(scaled).max(0) / 127
+            total += ((_int8(X / s, s) @ (np.rint(scaled / step) * step) - X @ M) ** 2).sum()
+        return total / ((X @ V) ** 2).sum() / (1 + ((X @ W) ** 2).sum() / ((X @ V) ** 2).sum())
+
+    assert found.before == pytest.approx(error(np.ones(32)), rel=1e-3)
+    errors = {alpha: error(s) for alpha, s in candidates.items()}
+    assert found.alpha == min(errors, key=lambda a: errors[a])
+    assert found.after == pytest.approx(min(errors.values()), rel=1e-3)
+    assert found.after < found.before / 10
+
+
+def test_rows_count_as_often_as_they_stand_for() -> None:
+    X, V, _ = _case()
+    twice = search(np.vstack([X, X[:50]]), np.ones(250), [(V, INT8)], {}, _int8)
+    counted = search(X, np.where(np.arange(200) < 50, 2.0, 1.0), [(V, INT8)], {}, _int8)
+    assert counted.before == pytest.approx(twice.before, rel=1e-6)
+
+
+def test_nothing_is_done_where_nothing_helps() -> None:
+    """Inputs and weights that are even already, and factors that would make them uneven."""
+    X, V = np.sign(_case()[0]), np.sign(_case()[1])
+    uneven = np.where(np.arange(32) % 2, 30.0, 1.0)
+    found = search(X, np.ones(200), [(V, INT8)], {0.5: uneven}, _int8)
+    assert found.alpha is None and (found.s == 1).all() and found.before == found.after

@@ -1,0 +1,108 @@
+"""The recipes with SmoothQuant through the whole spine, on small graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from core_graphs import Net, initializer, operators, recipe, run, snr
+
+import onnxq
+from onnxq.errors import OnnxqError
+from onnxq.recipe import load
+
+LOUD = np.where(np.arange(64) % 9 == 0, 30.0, 1.0)
+
+
+def _net(folder: Path, producer: str) -> tuple[Path, Path, np.ndarray]:
+    """Two layers behind a norm, or behind a Gelu that can take no factor; and data."""
+    net = Net()
+    x = net.input("x", ["batch", 8, 64])
+    if producer == "norm":
+        h = net.op("LayerNormalization", x, net.const("gain", LOUD), name="/norm")
+    else:
+        h = net.op("Gelu", net.op("Mul", x, net.const("gain", LOUD), name="/loud"), name="/gelu")
+    quiet = (net.rng.standard_normal((2, 64, 48)) / 8 / LOUD[:, None]).astype(np.float32)
+    a = net.op("MatMul", h, net.const("a", quiet[0]), name="/a")
+    b = net.op("MatMul", h, net.const("b", quiet[1]), name="/b")
+    net.output(net.op("Add", a, b, name="/sum"))
+    x_calib, x_held = np.random.default_rng(0).standard_normal((2, 24, 8, 64)).astype(np.float32)
+    np.savez(folder / "calib.npz", x=x_calib)
+    return net.save(folder / "net.onnx"), folder / "calib.npz", x_held
+
+
+def _made(folder: Path, producer: str, name: str, **fields: Any) -> tuple[float, Any, Any]:
+    """SNR in dB, the result, and the model."""
+    source, calib, x = _net(folder, producer)
+    wanted = run(onnx.load(source), {"x": x})[0]
+    chosen = replace(load(name), **fields)
+    done = onnxq.quantize(
+        source, folder / "m.onnx", recipe=chosen, calib=calib, precision="keep", target="sm80"
+    )
+    model = onnx.load(folder / "m.onnx")
+    return snr(wanted, run(model, {"x": x})[0]), done, model
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_norm_takes_the_factors(mode: str, tmp_path: Path) -> None:
+    name = "int8-smoothquant" if mode == "static" else "int8-smoothquant-dynamic"
+    plain, _, before = _made(tmp_path, "norm", name, steps=())
+    smooth, done, model = _made(tmp_path, "norm", name)
+    assert smooth > plain + 6
+    assert sorted(operators(model)) == sorted(operators(before))
+    gain = initializer(model, "gain")
+    assert gain.max() / gain.min() < 15  # of 30 before
+    assert done.report.facts["rescaling"] == {"folded": 1, "multiplied": 0, "left": 0}
+    (edit,) = [e for e in done.report.edits if e.step == "smoothquant"]
+    assert (edit.verb, edit.target) == ("fold", "/norm:0")
+    assert edit.reason.startswith("alpha 0.") or edit.reason.startswith("alpha 1.0")
+
+
+def test_alpha_may_be_given(tmp_path: Path) -> None:
+    """s_j = max|x_j|^0.5 / max|w_j|^0.5 divides the norm's gain."""
+    _, done, model = _made(tmp_path, "norm", "int8-smoothquant", alpha=0.5)
+    source, calib, _ = _net(tmp_path, "norm")
+    x = np.load(calib)["x"]
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * LOUD
+    w = np.maximum(*(np.abs(initializer(onnx.load(source), n)).max(1) for n in "ab"))
+    s = np.sqrt(np.abs(normal).max((0, 1)) / w)
+    found = LOUD / initializer(model, "gain")
+    # The gain is rounded to what FP16 holds, s with it: 2^-11.
+    np.testing.assert_allclose(found / found[0], s / s[0], rtol=2e-3)
+    assert any("alpha 0.50 as the recipe says" in e.reason for e in done.report.edits)
+
+
+def test_behind_a_gelu_a_mul_is_put_only_if_asked_for(tmp_path: Path) -> None:
+    plain, done, model = _made(tmp_path, "gelu", "int8-smoothquant")
+    assert done.report.facts["rescaling"] == {"folded": 0, "multiplied": 0, "left": 1}
+    muls = operators(model).count("Mul")
+    smooth, done, model = _made(tmp_path, "gelu", "int8-smoothquant", explicit=True)
+    assert done.report.facts["rescaling"] == {"folded": 0, "multiplied": 1, "left": 0}
+    assert operators(model).count("Mul") == muls + 1
+    assert smooth > plain + 6
+
+
+def test_gptq_goes_on_with_what_is_smoothed(tmp_path: Path) -> None:
+    """Its second moments follow the factors, through a fold and through a Mul."""
+    for producer in ("norm", "gelu"):
+        fields: dict[str, Any] = {"explicit": True}
+        smooth, _, _ = _made(tmp_path, producer, "int8-smoothquant", **fields)
+        fields["steps"] = ("smoothquant", "search", "gptq")
+        both, done, _ = _made(tmp_path, producer, "int8-smoothquant", **fields)
+        assert done.report.facts["rounding"]["improved"] == 2
+        assert both > smooth - 0.3
+
+
+def test_where_it_makes_no_sense_it_is_refused() -> None:
+    with pytest.raises(OnnxqError, match="smoothquant with activations none"):
+        replace(recipe("int4-rtn"), steps=("smoothquant",))
+    with pytest.raises(OnnxqError, match=r"alpha is 1\.5"):
+        replace(recipe("int8-smoothquant"), alpha=1.5)
+    with pytest.raises(OnnxqError, match="alpha takes a number"):
+        recipe("int8-smoothquant").with_changes(["alpha=high"])
+    with pytest.raises(OnnxqError, match="no sense in this order"):
+        replace(recipe("int8"), steps=("smoothquant", "awq"))
