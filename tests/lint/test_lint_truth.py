@@ -13,7 +13,7 @@ from lint_cases import PATIENTS, saved, shapes_of
 
 import onnxq
 from tools.lint_truth.forms import CASES
-from tools.lint_truth.mutate import Mutant
+from tools.lint_truth.mutate import mutated
 from tools.lint_truth.score import Graph, Scores, misses, score
 
 pytest.importorskip("tensorrt_rtx")
@@ -62,8 +62,7 @@ def test_mutants(patients: list[Path], tmp_path: Path) -> None:
     for seed in range(5000, 5060):
         choice = random.Random(seed)
         base = choice.choice(patients)
-        mutant = Mutant(onnx.load(base), seed)
-        mutant.mutate(choice.choice([1, 1, 2, 3]))
+        mutant = mutated(onnx.load(base), seed, choice.choice([1, 1, 2, 3]))
         path = saved(mutant.model, tmp_path / f"{seed}.onnx")
         graphs.append(Graph(f"{base.stem} {mutant.done}", path, "sm89", shapes_of(base)))
     check(score(graphs))

@@ -6,105 +6,25 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto, helper
+
+from tools.lint_truth.mutant import Mutant
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _CODES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
-class Mutant:
-    """A model, and what was done to it."""
-
-    def __init__(self, model: onnx.ModelProto, seed: int) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(model)
-        self.graph = self.model.graph
-        self.random = np.random.default_rng(seed)
-        self.done: list[str] = []
-        inferred = shape_inference.infer_shapes(model).graph
-        values = (*inferred.value_info, *inferred.input, *inferred.output)
-        self.types = {v.name: v.type.tensor_type.elem_type for v in values}
-        self.ranks = {
-            v.name: len(v.type.tensor_type.shape.dim)
-            for v in values
-            if v.type.tensor_type.HasField("shape")
-        }
-        self.types |= {t.name: t.data_type for t in self.graph.initializer}
-        self.ranks |= {t.name: len(t.dims) for t in self.graph.initializer}
-        self._count = 0
-
-    def mutate(self, times: int) -> None:
-        """Apply some of the mutations; those that find no place are drawn again."""
-        for _ in range(20 * times):
-            if len(self.done) >= times:
-                return
-            index = int(self.random.integers(len(MUTATIONS)))
-            place = MUTATIONS[index](self)
-            if place:
-                self.done.append(f"{MUTATIONS[index].__name__} {place}")
-
-    def pick(self, items: list) -> object:
-        return items[int(self.random.integers(len(items)))]
-
-    def name(self) -> str:
-        self._count += 1
-        return f"mutant_{len(self.done)}_{self._count}"
-
-    def add(self, array: np.ndarray, kind: int | None = None) -> str:
-        name = self.name()
-        if kind is None or kind == helper.np_dtype_to_tensor_dtype(array.dtype):
-            self.graph.initializer.append(numpy_helper.from_array(array, name))
-        else:
-            raw = array.astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
-            self.graph.initializer.append(
-                helper.make_tensor(name, kind, array.shape, raw, raw=True)
-            )
-        self.types[name] = kind or helper.np_dtype_to_tensor_dtype(array.dtype)
-        return name
-
-    def nodes(self, *ops: str) -> list[onnx.NodeProto]:
-        return [n for n in self.graph.node if n.op_type in ops]
-
-    def edges(self, *kinds: int) -> list[tuple[onnx.NodeProto, int]]:
-        """(reader, input index) of computed tensors of these types, shapes and axes left out."""
-        made = {name for n in self.graph.node for name in n.output}
-        found = []
-        for node in self.graph.node:
-            data = node.input[:1] if node.op_type in _FIRST_ONLY else node.input
-            for index, name in enumerate(data):
-                if name in made and self.types.get(name) in kinds:
-                    found.append((node, index))
-        return found
-
-    def before(
-        self, reader: onnx.NodeProto, index: int, op: str, more: list[str], **attrs: object
-    ) -> str:
-        """Insert a node into an edge; its output has the edge's type and rank."""
-        source = reader.input[index]
-        name = self.name()
-        node = helper.make_node(op, [source, *more], [f"{name}_out"], name=name, **attrs)
-        position = next(i for i, n in enumerate(self.graph.node) if n is reader or n == reader)
-        self.graph.node.insert(position, node)
-        reader_now = self.graph.node[position + 1]
-        reader_now.input[index] = f"{name}_out"
-        self.types[f"{name}_out"] = self.types.get(source, 0)
-        if source in self.ranks:
-            self.ranks[f"{name}_out"] = self.ranks[source]
-        return name
-
-    def reader(self, name: str) -> tuple[onnx.NodeProto, int]:
-        """The first reader of a node's output."""
-        for node in self.graph.node:
-            for index, tensor in enumerate(node.input):
-                if tensor == f"{name}_out":
-                    return node, index
-        raise AssertionError(name)
-
-
-_FIRST_ONLY = (
-    *("QuantizeLinear", "DequantizeLinear", "Reshape", "Slice", "Gather", "Unsqueeze", "Squeeze"),
-    *("Expand", "Resize", "Clip", "Pad", "ReduceMax", "ReduceMean", "ReduceSum", "Split", "Tile"),
-)
+def mutated(model: onnx.ModelProto, seed: int, times: int) -> Mutant:
+    """A copy with some of the mutations; those that find no place are drawn again."""
+    mutant = Mutant(model, seed)
+    for _ in range(20 * times):
+        if len(mutant.done) >= times:
+            break
+        mutation = MUTATIONS[int(mutant.random.integers(len(MUTATIONS)))]
+        place = mutation(mutant)
+        if place:
+            mutant.done.append(f"{mutation.__name__} {place}")
+    return mutant
 
 
 def zero_point(m: Mutant) -> str:
@@ -113,7 +33,7 @@ def zero_point(m: Mutant) -> str:
     if not nodes:
         return ""
     node = m.pick(nodes)
-    node.input[2] = m.add(np.full(_shape(m, node.input[2]), m.random.integers(1, 90), np.int8))
+    node.input[2] = m.add(np.full(m.shape(node.input[2]), m.random.integers(1, 90), np.int8))
     return node.name
 
 
@@ -125,7 +45,7 @@ def scale(m: Mutant) -> str:
     kind = m.types.get(node.input[1], TensorProto.FLOAT)
     value = m.pick([0.0, -0.02, np.nan, 1e-9, 0.5])
     dtype = helper.tensor_dtype_to_np_dtype(kind)
-    node.input[1] = m.add(np.full(_shape(m, node.input[1]), value).astype(dtype))
+    node.input[1] = m.add(np.full(m.shape(node.input[1]), value).astype(dtype))
     return f"{node.name} {value}"
 
 
@@ -271,7 +191,7 @@ def format_of(m: Mutant) -> str:
         return ""
     quantizer, node = m.pick(pairs)
     kind = next(k for k in _CODES.values() if k != m.types[node.input[2]])
-    zero = m.add(np.zeros(_shape(m, node.input[2]), np.float32), kind)
+    zero = m.add(np.zeros(m.shape(node.input[2]), np.float32), kind)
     quantizer.input[2] = node.input[2] = zero
     for value in list(m.graph.value_info):
         if value.name == node.input[0]:
@@ -289,7 +209,7 @@ def computed_scale(m: Mutant) -> str:
     if not pairs:
         return ""
     quantizer, node = m.pick(pairs)
-    if before_is_constant(m, quantizer.input[0]) or _shape(m, quantizer.input[1]) != ():
+    if before_is_constant(m, quantizer.input[0]) or m.shape(quantizer.input[1]) != ():
         return ""
     stem = m.name()
     chain = [
@@ -355,31 +275,15 @@ def integer_bias(m: Mutant) -> str:
     return label
 
 
-def _shape(m: Mutant, name: str) -> tuple[int, ...]:
-    found = [tuple(t.dims) for t in m.graph.initializer if t.name == name]
-    if found:
-        return found[0]
-    for node in m.graph.node:
-        if node.op_type == "Constant" and name in node.output:
-            return tuple(node.attribute[0].t.dims)
-    return ()
-
-
 MUTATIONS: tuple[Callable[[Mutant], str], ...] = (
     zero_point,
     scale,
-    insert,
-    insert,
-    insert,
-    cast,
-    cast,
-    quantize,
-    quantize,
-    bypass,
-    bypass,
+    *(insert,) * 3,
+    *(cast,) * 2,
+    *(quantize,) * 2,
+    *(bypass,) * 2,
     float_weight,
-    channels,
-    channels,
+    *(channels,) * 2,
     rename,
     operator,
     format_of,

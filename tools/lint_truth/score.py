@@ -31,6 +31,12 @@ class Score:
     def recall(self) -> float:
         return self.right / (self.right + self.missed) if self.right + self.missed else 1.0
 
+    def add(self, other: Score) -> None:
+        self.right += other.right
+        self.false += other.false
+        self.missed += other.missed
+        self.misses += other.misses
+
     def line(self, name: str) -> str:
         return (
             f"{name:36s} precision {self.precision:.3f} ({self.false} false), "
@@ -59,6 +65,18 @@ class Scores:
     raw: Score = field(default_factory=Score)
     count: int = 0
     products: int = 0
+
+    def add(self, other: Scores) -> None:
+        """Count another group's graphs too."""
+        for name in ("refused", "slow", "graphs", "raw"):
+            getattr(self, name).add(getattr(other, name))
+        self.count += other.count
+        self.products += other.products
+
+    def reach(self, bar: float) -> bool:
+        """Whether both severities have that precision and recall, by graphs and by products."""
+        parts = (self.refused, self.slow, self.graphs)
+        return all(min(part.precision, part.recall) >= bar for part in parts)
 
     def lines(self) -> list[str]:
         return [
