@@ -11,6 +11,9 @@ WIKI := $(OUT)/wiki
 EXPORTED := minilm minilm-legacy smollm2-torch smollm2-torch-fp16 smollm2-torch-decode \
     sdxl-unet-tiny-fp16 sdxl-unet-full-fp16
 SHAPES := --shapes input_ids:1x1,1x256,4x512 --shapes attention_mask:1x1,1x256,4x512
+# How much text the demo calibrates on and measures with.
+SAMPLES ?= 64
+WINDOWS ?= 16
 TEXT := --tokenizer $(SMOLLM2)/tokenizer.json --text
 # Two threads on two busy cores spin; one per process is faster and steadier.
 export OMP_NUM_THREADS ?= 1
@@ -21,13 +24,14 @@ demo: $(DEMO)/ready
 	$(DEMO)/bin/python -m models.smollm2
 	$(DEMO)/bin/python -m models.wiki
 	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(OUT)/demo/model.fp8.onnx --recipe fp8-gptq \
-	    $(TEXT) $(WIKI)/wiki_calib.txt --samples 64 --report $(OUT)/demo/quantize.json
+	    $(TEXT) $(WIKI)/wiki_calib.txt --samples $(SAMPLES) \
+	    --report $(OUT)/demo/quantize.json
 	$(DEMO)/bin/onnxq build $(OUT)/demo/model.fp8.onnx -o $(OUT)/demo/model.plan --target sm89 \
 	    $(SHAPES) --strict --report $(OUT)/demo/build.json
 	$(DEMO)/bin/onnxq compare $(SMOLLM2)/model.onnx $(OUT)/demo/model.fp8.onnx \
 	    $(TEXT) $(WIKI)/wiki_eval.txt --samples 4 --report $(OUT)/demo/compare.json
 	$(DEMO)/bin/onnxq evaluate perplexity $(OUT)/demo/model.fp8.onnx \
-	    --reference $(SMOLLM2)/model.onnx $(TEXT) $(WIKI)/wiki_eval.txt --limit 16 \
+	    --reference $(SMOLLM2)/model.onnx $(TEXT) $(WIKI)/wiki_eval.txt --limit $(WINDOWS) \
 	    --report $(OUT)/demo/perplexity.json
 	$(DEMO)/bin/python -m tools.demo_table $(OUT)/demo
 

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from onnxq.errors import OnnxqError
 
 TEMPORARY_PREFIX = ".onnxq-"
 _SCRATCH_PREFIX = "onnxq-scratch-"
-_LONGEST_STEM = 128
+_LONGEST_STEM = 128  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,9 +35,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(*targets: Path) -> Iterator[list[Path]]:
     """Yield one temporary path per target, in the targets' folder; rename all on success.
 
-    On any exception the temporaries are removed and the targets are as they were. The first
-    target is renamed last: it is the file that refers to the others. Two runs that replace the
-    same targets leave those of one of them.
+    On any exception the temporaries are removed and the targets are as they were. Targets behind
+    the first describe it: a killed run leaves those of the file that is there, or none. Two runs
+    that replace the same targets leave those of one of them.
 
     Raises:
         OnnxqError: the folder does not exist or cannot be written, the disk is full, or a target
@@ -48,9 +49,40 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
         for temporary in temporaries:
             flush(temporary)
         with alone_in(targets[0].parent):
-            for temporary, target in reversed(list(zip(temporaries, targets, strict=True))):
-                temporary.replace(target)
-            flush_folder(targets[0].parent)
+            _put_in_place(list(zip(temporaries, targets, strict=True)))
+
+
+def _put_in_place(pairs: list[tuple[Path, Path]]) -> None:
+    """Rename each (temporary, target): the old companions go first, the new ones come last."""
+    (temporary, target), *companions = pairs
+    with contextlib.ExitStack() as stack, _undisturbed():
+        asides = []
+        try:
+            for _, companion in companions:
+                if companion.exists():
+                    aside = stack.enter_context(temporary_beside(companion))
+                    companion.replace(aside)
+                    asides.append((aside, companion))
+            flush_folder(target.parent)
+            temporary.replace(target)
+        except BaseException:
+            companions = asides
+            raise
+        finally:
+            flush_folder(target.parent)
+            for new, companion in companions:
+                new.replace(companion)
+            flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A Ctrl-C waits until the end: renames are too quick to be worth an exception among them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -194,7 +226,8 @@ def refuse_unreadable(path: Path, what: str, hint: str) -> None:
 
 
 def _stem(target: Path, prefix: str) -> str:
-    return f"{prefix}{target.name[:_LONGEST_STEM]}."
+    start = target.name.encode(errors="replace")[:_LONGEST_STEM].decode(errors="ignore")
+    return f"{prefix}{start}."
 
 
 def _refuse_special(target: Path) -> None:

@@ -31,6 +31,8 @@ def test_minilm(recipe: str, snr: float, cosine: float, models: Path, tmp_path: 
         fp16=False,
     )
     assert found.passed, found.as_dict()
+    if recipe == "fp8":
+        assert wordsim(made) >= 0.724
 
 
 def test_minilm_int4_by_gptq_beats_rounding(models: Path, tmp_path: Path) -> None:
@@ -48,12 +50,6 @@ def test_minilm_int4_by_gptq_beats_rounding(models: Path, tmp_path: Path) -> Non
         assert snr is not None
         found[name] = snr
     assert found["int4-gptq"] >= found["int4-rtn"] + 3.5
-
-
-def test_minilm_fp8_keeps_its_task(models: Path, tmp_path: Path) -> None:
-    source = models / "minilm"
-    onnxq.quantize(source / "model.onnx", tmp_path / "m.onnx", calib=source / "calib.npz")
-    assert wordsim(tmp_path / "m.onnx") >= 0.724
 
 
 @pytest.mark.parametrize(("recipe", "bar"), [("int8-dynamic", 1.04), ("fp8-dynamic", 1.02)])

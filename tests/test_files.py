@@ -51,6 +51,80 @@ def test_an_exception_leaves_everything_as_it_was(
     assert list(tmp_path.iterdir()) == [target]
 
 
+STRIKE = """
+import os, signal, sys
+from pathlib import Path
+from onnxq.files import replacing
+left, real = int(sys.argv[2]), Path.replace
+def strike(self, target):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    return real(self, target)
+Path.replace = strike
+engine = Path(sys.argv[1])
+with replacing(engine, engine.with_name("a.plan.json")) as (one, two):
+    one.write_text("new")
+    two.write_text("new")
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_no_moment_has_what_describes_another_file(how: str, moment: int, tmp_path: Path) -> None:
+    """The engine and its sidecar: stopped before each of the renames."""
+    engine, sidecar = tmp_path / "a.plan", tmp_path / "a.plan.json"
+    engine.write_text("old")
+    sidecar.write_text("old")
+    words = [sys.executable, "-c", STRIKE, engine, str(moment), how]
+    assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode != 0
+    if how == "SIGINT":  # it waits: all are new, and nothing else is left
+        assert (engine.read_text(), sidecar.read_text()) == ("new", "new")
+        assert len(list(tmp_path.iterdir())) == 2
+        return
+    found = engine.read_text(), sidecar.read_text() if sidecar.exists() else None
+    assert found == [("old", "old"), ("old", None), ("new", None)][moment - 1]
+    with replacing(engine, sidecar) as (one, two):
+        one.write_text("next")
+        two.write_text("next")
+    assert (engine.read_text(), sidecar.read_text()) == ("next", "next")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_put_in_place_leaves_what_describes_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sidecar = tmp_path / "a.plan", tmp_path / "a.plan.json"
+    engine.write_text("old")
+    sidecar.write_text("old")
+    real = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == engine:
+            raise OSError(1, "Operation not permitted")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with (
+        pytest.raises(OnnxqError, match=r"cannot write .*a\.plan: Operation not permitted"),
+        replacing(engine, sidecar) as (one, two),
+    ):
+        one.write_text("new")
+        two.write_text("new")
+    assert (engine.read_text(), sidecar.read_text()) == ("old", "old")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("letter", ["目", "🙂", "\udcff"])
+def test_names_are_cut_by_their_bytes(letter: str, tmp_path: Path) -> None:
+    """A folder takes names of 255 bytes: 85 such letters, or 63."""
+    name = letter * (255 // len(os.fsencode(letter)))
+    write_json(tmp_path / name, {})
+    write_json(tmp_path / name, {"new": 1})
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_what_the_system_refuses_is_one_line_about_the_target(tmp_path: Path) -> None:
     for target in (tmp_path / "no/such/folder", tmp_path / ("x" * 300)):
         with pytest.raises(OnnxqError) as caught:

@@ -91,8 +91,7 @@ def test_onnxruntime_loads_what_is_written(recipe: str, models: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "target"),
-    [("int4-rtn", "sm89"), ("fp8-dynamic", "sm89"), ("w4a8-rtn-dynamic", "sm89")],
+    ("recipe", "target"), [("fp8-dynamic", "sm89"), ("w4a8-rtn-dynamic", "sm89")]
 )
 def test_five_gigabytes_in_little_memory(
     recipe: str, target: str, models: Path, tmp_path: Path

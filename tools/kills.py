@@ -1,9 +1,10 @@
-"""`python -m tools.kills --kills 100`: kill -9 while onnxq replaces a file; is what is left whole?
+"""`python -m tools.kills --runs 100`: kill -9 while onnxq replaces a file; is what is left whole?
 
 Each kill strikes `onnxq quantize` or `onnxq build` at a random moment, over an output of an earlier
 run. Then the output must be the old one or the new one, byte for byte, with the data it refers to;
-the input must be untouched; and after the next run nothing else may be left, neither beside the
-output nor in the system's folder for temporary files. Exit 1 where one kill breaks that.
+what lies beside an engine must be its own description, or nothing; the input must be untouched; and
+after the next run nothing else may be left, neither beside the output nor in the system's folder
+for temporary files. Exit 1 where one kill breaks that.
 """
 
 from __future__ import annotations
@@ -200,16 +201,19 @@ def _strike(scene: Scene, moment: float, outcome: Outcome, known: dict[str, str]
     if found not in ("old", "new"):
         yield f"the output is {found}"
     sidecar = scene.output.with_name(f"{scene.output.name}.json")
-    if scene.verb == "build":
+    if sidecar.exists():
         try:
-            json.loads(sidecar.read_text())
-        except (OSError, ValueError) as error:
+            described = json.loads(sidecar.read_text())["model"]
+        except ValueError as error:
             yield f"the sidecar is not whole: {error}"
+        else:
+            if found in ("old", "new") and described != f"{found}.onnx":
+                yield f"the sidecar is that of {described}, the engine is the {found} one"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=100, help="of each verb")
+    parser.add_argument("--runs", type=int, default=100, help="kills of each verb")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbs", default=",".join(VERBS))
     options = parser.parse_args()
@@ -217,9 +221,9 @@ def main() -> int:
     for verb in options.verbs.split(","):
         with tempfile.TemporaryDirectory(prefix="onnxq-kills-") as name:
             scene = prepare(Path(name) / verb, verb)
-            outcome = kill(scene, options.kills, options.seed)
+            outcome = kill(scene, options.runs, options.seed)
         wrong += len(outcome.wrong)
-        print("\n".join(outcome.lines(verb, options.kills)), flush=True)
+        print("\n".join(outcome.lines(verb, options.runs)), flush=True)
     return 1 if wrong else 0
 
 
