@@ -73,6 +73,8 @@ class Recipe:
             of the model's outputs on the calibration data; 0: no such bound.
         keep_flops: at most so large a share of the layers' multiplications is left; 0: no bound.
         snr: decibels of the outputs at which no more layers are left; None: up to the bounds.
+        center: give activations that lie mostly to one side of 0 a range around another middle
+            (static INT8; see `centers`).
         attention: quantize the two products and the probabilities of each attention.
         lm_head, first, last: what happens to the vocabulary projection, to the first convolution
             and to the layer that makes an output.
@@ -95,6 +97,7 @@ class Recipe:
     keep_worst: int = 0
     keep_flops: float = 0.0
     snr: float | None = None
+    center: bool = False
     attention: bool = False
     lm_head: Choice = "leave"
     first: Choice = "quantize"
@@ -243,6 +246,7 @@ def _check_types(where: str, values: Mapping[str, Any]) -> None:
         kind = {
             "alpha": float,
             "attention": bool,
+            "center": bool,
             "block_size": int,
             "explicit": bool,
             "keep_flops": float,
@@ -281,6 +285,12 @@ def _check_values(recipe: Recipe) -> None:
         raise OnnxqError(
             f"{where}: attention in {recipe.activations} {recipe.mode}",
             "onnxq quantizes attention in static fp8 only",
+        )
+    form = (recipe.weights, recipe.activations, recipe.mode)
+    if recipe.center and form != ("int8", "int8", "static"):
+        raise OnnxqError(
+            f"{where}: center with {' '.join(form)}",
+            "only ranges of static int8 have another middle than 0: leave center out",
         )
 
 

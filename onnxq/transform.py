@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from onnxq import numerics
+from onnxq.calibrate.ranges import Range
 from onnxq.calibrate.table import CalibrationTable
+from onnxq.centers import can_center, centered_layers, joined_bias
 from onnxq.coding import Coder
 from onnxq.formats import QuantFormat
 from onnxq.graph.dtypes import value_dtype
@@ -30,8 +32,10 @@ SOFTMAX_PEAK = 1.0
 """Probabilities need no calibration: the scale is 1/448."""
 
 
-Ranges = dict[tuple[int, int], float]
-"""(id(node), input index) -> magnitude the largest code stands for."""
+Ranges = dict[tuple[int, int], Range]
+"""(id(node), input index) -> what the codes shall cover."""
+
+_MOST_LOST = 0.95  # of a tensor's channels
 
 
 def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
@@ -57,6 +61,10 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
             kind = "amax" if recipe.calibrator == "max" else "histogram"
             for node, i in _measured_inputs(site):
                 wanted.setdefault(node.inputs[i].name, []).append(kind)
+            fmt = recipe.activation_format
+            if site.attention is None and fmt is not None and not fmt.is_float:
+                axis = -1 if site.kind == "linear" else 1
+                wanted[site.node.inputs[0].name].append(f"channel_amax:{axis}")
         if site.kind == "linear":
             wanted.setdefault(site.node.inputs[0].name, []).extend(recipe.statistics)
     return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items() if kinds}
@@ -69,8 +77,15 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges |
     recipe, fmt = placement.recipe, placement.recipe.activation_format
     # The scales of blocks follow the values: the tensor's has to hold the largest.
     method = "max" if fmt is not None and fmt.block else recipe.calibrator
+    center = recipe.center and fmt is not None and not fmt.is_float
+    kept = {id(d.site.node.inputs[0]) for d in placement.quantized if not can_center(d.site)}
     return {
-        (id(node), i): table.range(node.inputs[i].name, method, recipe.activations)
+        (id(node), i): table.covered(
+            node.inputs[i].name,
+            method,
+            recipe.activations,
+            center and id(node.inputs[i]) not in kept,
+        )
         for node, i in _static_inputs(placement)
     }
 
@@ -78,7 +93,8 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges |
 def settle(placement: Placement, ranges: Ranges | None) -> Placement:
     """The placement after calibration and base precision: sites they rule out left, with reasons.
 
-    That is a layer whose measured range no scale serves, and attention that stayed in FP32.
+    That is a layer whose measured range no scale serves, or only by making zeros of nearly all
+    channels, and attention that stayed in FP32.
 
     Args:
         ranges: of `activation_ranges`; None for dynamic recipes, which have none to fit.
@@ -101,7 +117,14 @@ def _settled(decision: Decision, fmt: QuantFormat, ranges: Ranges) -> Decision:
     try:
         for node, index in _measured_inputs(decision.site):
             dtype = np.float32 if fmt.two_level else _dtype(node.inputs[index])
-            numerics.activation_scale(ranges[id(node), index], fmt, dtype)
+            found = ranges[id(node), index]
+            numerics.activation_scale(found.peak, fmt, dtype)
+            if found.lost > _MOST_LOST:
+                return Decision(
+                    decision.site,
+                    False,
+                    f"a range of {found.peak:.3g} makes zeros of {found.lost:.1%} of its channels",
+                )
     except numerics.ScaleRangeError as error:
         return Decision(decision.site, False, str(error))
     return decision
@@ -161,20 +184,25 @@ def _quantize_layers(
 ) -> None:
     """Layers that read one tensor."""
     recipe, dtype = coder.recipe, _dtype(sites[0].node.inputs[0])
-    for site, coded in zip(sites, coder.code(sites, dtype), strict=True):
+    coded_weights = coder.code(sites, dtype)
+    found = None if ranges is None else ranges.get((id(sites[0].node), 0))
+    center, shifts = centered_layers(sites, coded_weights, found, recipe.activation_format, dtype)
+    for site, coded, shift in zip(sites, coded_weights, shifts, strict=True):
         node, rank = site.node, len(_operand(site).shape)
         kept = recipe.activation_format is None or dtype.itemsize > 2
         gain = 1.0 if kept else _take_alpha(emitter.editor, node)
         weight, behind = emitter.weight(_operand(site), coded, dtype, node, gain)
-        node.inputs[0], factors = _activation(emitter, site, recipe, ranges)
+        node.inputs[0], factors = _activation(emitter, site, recipe, ranges, center)
         node.inputs[1] = weight
         factors = ([] if behind is None else [behind]) + factors
-        bias = _take_bias(emitter.editor, site, rank) if factors else None
+        bias = _take_bias(emitter.editor, site, rank) if factors or shift is not None else None
+        if shift is not None:
+            bias = joined_bias(emitter.editor, site, bias, shift, dtype)
         emitter.finish_product(node, factors, bias)
 
 
 def _activation(
-    emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges | None
+    emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges | None, center: float
 ) -> tuple[Tensor, list[Tensor]]:
     """What the product reads, and what it is to be multiplied by."""
     node, fmt = site.node, recipe.activation_format
@@ -185,7 +213,11 @@ def _activation(
         return emitter.blocks(tensor, fmt, None, node), []
     if recipe.mode == "static":
         assert ranges is not None  # they are what such a recipe needs data for
-        return _static(emitter, node, 0, fmt, ranges[id(node), 0]), []
+        found = ranges[id(node), 0]
+        if center:
+            around = emitter.centered(tensor, center, node)
+            return _scaled(emitter, around, fmt, found.reach, node), []
+        return _scaled(emitter, tensor, fmt, found.peak, node), []
     axes = [-1] if site.kind == "linear" else list(range(1, len(_operand(site).shape)))
     normal, peak = emitter.normalized(tensor, axes, node)
     return _scaled(emitter, normal, fmt, 1.0, node), [peak]
@@ -247,7 +279,7 @@ def _quantize_attention(emitter: Emitter, site: Site, recipe: Recipe, ranges: Ra
     scores, values = attention.scores, attention.values
     factor = emitter.scale_before_product(scores)
     for node, index in _measured_inputs(site):
-        peak = ranges[id(node), index] * (factor if node is scores and index == 0 else 1.0)
+        peak = ranges[id(node), index].peak * (factor if node is scores and index == 0 else 1.0)
         node.inputs[index] = _static(emitter, node, index, fmt, peak)
     values.inputs[0] = _static(emitter, values, 0, fmt, SOFTMAX_PEAK)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx import helper as h
 
+from onnxq.calibrate.ranges import Range
 from onnxq.gpus import target
 from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
@@ -137,7 +138,7 @@ def quantized(
     net: Net | Model,
     name: str = "fp8",
     *rules: str,
-    peaks: Mapping[str, float] | float | None = None,
+    peaks: Mapping[str, float] | float | Range | None = None,
     **changes: Any,
 ) -> onnx.ModelProto:
     """The model with its Q/DQ, weights inline; `peaks` are ranges by tensor, or one for all."""
@@ -149,8 +150,8 @@ def quantized(
 
 
 def ranges_of(
-    placement: Placement, peaks: Mapping[str, float] | float | None
-) -> dict[tuple[int, int], float] | None:
+    placement: Placement, peaks: Mapping[str, float] | float | Range | None
+) -> dict[tuple[int, int], Range] | None:
     if peaks is None:
         return None
     found = {}
@@ -160,7 +161,8 @@ def ranges_of(
             pairs += [(decision.site.node, 1), (decision.site.attention.values, 1)]
         for node, index in pairs:
             name = node.inputs[index].name
-            found[id(node), index] = peaks[name] if isinstance(peaks, Mapping) else peaks
+            peak = peaks[name] if isinstance(peaks, Mapping) else peaks
+            found[id(node), index] = peak if isinstance(peak, Range) else Range(peak)
     return found
 
 

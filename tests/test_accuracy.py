@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import onnxq
+from models.ppocr import character_error_rate_of
 from onnxq.evaluate.perplexity import perplexity
 from onnxq.recipe import load
 from tools.bench.models import wordsim
@@ -15,7 +16,7 @@ from tools.bench.models import wordsim
 
 @pytest.mark.parametrize(
     ("recipe", "snr", "cosine"),
-    [("int8", 11.0, 0.96), ("fp8", 20.0, 0.995), ("int8-dynamic", 21.0, 0.995)],
+    [("int8", 15.5, 0.985), ("fp8", 20.0, 0.995), ("int8-dynamic", 21.0, 0.995)],
 )
 def test_minilm(recipe: str, snr: float, cosine: float, models: Path, tmp_path: Path) -> None:
     source = models / "minilm"
@@ -33,6 +34,13 @@ def test_minilm(recipe: str, snr: float, cosine: float, models: Path, tmp_path: 
     assert found.passed, found.as_dict()
     if recipe == "fp8":
         assert wordsim(made) >= 0.724
+
+
+def test_ppocr_reads_on_in_int8(models: Path, tmp_path: Path) -> None:
+    """Weights in Constant nodes, opset 12: 1.98 % of the characters are wrong in FP32."""
+    source, made = models / "ppocr_rec", tmp_path / "model.onnx"
+    onnxq.quantize(source / "model.onnx", made, recipe="int8", calib=source / "calib.npz")
+    assert character_error_rate_of(made) <= 0.025
 
 
 def test_minilm_int4_by_gptq_beats_rounding(models: Path, tmp_path: Path) -> None:

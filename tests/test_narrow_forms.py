@@ -13,6 +13,7 @@ from core_graphs import Net, initializer, inlined, operators, placed, quantized,
 from core_oracle import evaluate
 from onnx import TensorProto
 
+from onnxq.calibrate.ranges import Range
 from onnxq.errors import OnnxqError
 from onnxq.transform import apply_placement
 
@@ -207,7 +208,7 @@ def emitted(net: Net, case: Case, peak: float) -> onnx.ModelProto:
     if not case.static:
         apply_placement(model, placement, None)
         return inlined(model)
-    ranges = {(id(d.site.node), 0): peak for d in placement.quantized}
+    ranges = {(id(d.site.node), 0): Range(peak) for d in placement.quantized}
     apply_placement(model, placement, ranges)
     return inlined(model)
 

@@ -1,4 +1,6 @@
-"""From a histogram to the magnitude that a quantizer's largest code shall stand for.
+"""From a histogram to the range that a quantizer's codes shall cover.
+
+The methods give the magnitude that the largest code stands for:
 
     max              the largest magnitude seen
     percentile:99.9  the magnitude that 99.9 % of the values do not exceed (99.99 when not said)
@@ -24,6 +26,7 @@ The codes of a format are given as its non-negative values over its largest one:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -43,9 +46,27 @@ _OPTIONS = {"percentile": 99.99, "mse": 1.0}  # what may follow the colon, when 
 # worse than some of these unless fewer than 1 in 2^16 values carry the maximum's whole energy.
 _MSE_STEPS_PER_OCTAVE = 64
 _MSE_OCTAVES = 8
-_LEAST = 2.0**-96  # maxima below it, zero above all, are not worth a search (nor binned for one)
+LEAST = 2.0**-96  # maxima below it, zero above all, are not worth a search (nor binned for one)
 _MOST_CLIPPED = 1000  # entropy clips 1 value in so many at most
 _CLIPS_AT_ONCE = 512  # entropy's work space: 0.5 MB an array
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the codes of a tensor shall cover.
+
+    Attributes:
+        peak: the magnitude that the largest code stands for.
+        offset, reach: of a range around another middle than 0, where that is better: how many
+            steps it is from 0, and how far the largest code is from it.
+        lost: the share of its channels, of those that are ever other than 0, that are always
+            rounded to 0.
+    """
+
+    peak: float
+    offset: int = 0
+    reach: float = 0.0
+    lost: float = 0.0
 
 
 def levels(name: str) -> Floats:
@@ -72,7 +93,7 @@ def choose(histogram: Histogram, method: str, format_name: str = "int8") -> floa
     kind, number = parse(method)
     grid = levels(format_name)
     amax, bins = histogram.amax, histogram.bins
-    if kind == "max" or amax < _LEAST:
+    if kind == "max" or amax < LEAST:
         return amax
     if kind == "percentile":
         clip = percentile(bins, number)
@@ -196,27 +217,40 @@ def _x_log_x(x: Floats) -> Floats:
 def mse(bins: MagnitudeBins, amax: float, grid: Floats, clipped: float = 1.0) -> float:
     """The clip of least summed squared error, every bin standing at its middle.
 
-    The sum over the bins that round to one value v is S2 - 2 v S1 + v^2 S0 with running sums of
-    1, x and x^2, so a clip costs one look-up per value of the format.
-
     Args:
         clipped: what the squared error of a value counts that lies so far above the clip that it
             would be rounded up to the next value, were there one.
+    """
+    clips = mse_clips()
+    errors = mse_errors(bins, amax, clips[:, None] * grid, clipped)
+    return float(clips[int(np.argmin(errors))] * amax)  # of equals the widest
+
+
+def mse_clips() -> Floats:
+    """The clips that mse tries, over the largest magnitude."""
+    return np.exp2(-np.arange(_MSE_OCTAVES * _MSE_STEPS_PER_OCTAVE) / _MSE_STEPS_PER_OCTAVE)
+
+
+def mse_errors(bins: MagnitudeBins, amax: float, values: Floats, clipped: float) -> Floats:
+    """Summed squared error over amax^2 of each row of `values`, which are the codes' over amax.
+
+    The sum over the bins that round to one value v is S2 - 2 v S1 + v^2 S0 with running sums of
+    1, x and x^2, so a row costs one look-up per value.
     """
     edges = bins.edges()
     middle = np.minimum((edges[1:] + edges[:-1]) / 2.0, amax) / amax
     middle[0] = 0.0
     weight = bins.counts.astype(np.float64)
     s0, s1, s2 = (np.concatenate([[0.0], np.cumsum(weight * middle**power)]) for power in (0, 1, 2))
-    steps = np.arange(_MSE_OCTAVES * _MSE_STEPS_PER_OCTAVE)
-    clips = np.exp2(-steps / _MSE_STEPS_PER_OCTAVE)
     # The last value takes two ranges, below and above the place where its successor's would begin.
-    values = clips[:, None] * np.append(grid, 1.0)  # [clips, levels + 1]
-    halves = clips[:, None] * np.append((grid[1:] + grid[:-1]) / 2.0, 1.5 - grid[-2] / 2.0)
+    last = values[:, -1:]
+    halves = (values[:, 1:] + values[:, :-1]) / 2.0
+    halves = np.concatenate([halves, last + (last - values[:, -2:-1]) / 2.0], axis=1)
+    values = np.concatenate([values, last], axis=1)
     inner = np.searchsorted(middle, halves)
-    ends = np.zeros((clips.size, 1), np.int64)
+    ends = np.zeros((len(values), 1), np.int64)
     bounds = np.concatenate([ends, inner, ends + middle.size], axis=1)
     d0, d1, d2 = (np.diff(s[bounds], axis=1) for s in (s0, s1, s2))
     errors = d2 - 2.0 * values * d1 + values**2 * d0
     errors[:, -1] *= clipped
-    return float(clips[int(np.argmin(errors.sum(axis=1)))] * amax)  # of equals the widest
+    return np.asarray(errors.sum(axis=1))

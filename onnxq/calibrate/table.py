@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq import __version__
-from onnxq.calibrate.ranges import choose
+from onnxq.calibrate.one_sided import centered
+from onnxq.calibrate.ranges import Range, choose, levels
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import one_line
 from onnxq.calibrate.statistics import Amax, ChannelAmax, Gram, Histogram, Statistic, make
@@ -79,6 +80,30 @@ class CalibrationTable:
             for statistic in found.values()
             if isinstance(statistic, Amax)
         }
+
+    def covered(
+        self, tensor: str, method: str = "max", format_name: str = "int8", center: bool = False
+    ) -> Range:
+        """`range`, and what there is to say of it: another middle than 0, channels that are lost.
+
+        Args:
+            center: look for another middle.
+
+        Raises:
+            OnnxqError: as of `range`.
+        """
+        peak = self.range(tensor, method, format_name)
+        found = Range(peak)
+        extremes = next((s for s in self.of(tensor).values() if isinstance(s, Amax)), None)
+        middle = centered(extremes, method, format_name) if center and extremes else None
+        if middle is not None:
+            found = Range(peak, *middle)
+        channels = [s for s in self.of(tensor).values() if isinstance(s, ChannelAmax)]
+        if not channels or channels[0].values is None:
+            return found
+        used = channels[0].values[channels[0].values > 0]
+        step = levels(format_name)[1] * (peak if middle is None else found.reach)
+        return replace(found, lost=float(np.mean(used < step / 2)) if used.size else 0.0)
 
     def extremes(self, tensor: str) -> tuple[float, float]:
         """The smallest and the largest value of `tensor`.

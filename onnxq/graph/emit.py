@@ -94,6 +94,19 @@ class Emitter:
             lambda: self._pair(tensor, scale, fmt, like),
         )
 
+    def centered(self, tensor: gs.Tensor, center: float, like: gs.Node) -> gs.Tensor:
+        """x - center, for a range that lies to one side of 0."""
+
+        def make() -> gs.Tensor:
+            value = np.array(center).astype(value_dtype(tensor.dtype))
+            constant = self.editor.constant(f"{tensor.name}_center", value)
+            inputs, out = [tensor, constant], f"{tensor.name}_centered"
+            return self.editor.node(
+                "Sub", f"{tensor.name}_Sub", inputs, out, tensor.dtype, tensor.shape, like
+            )
+
+        return self._once(("centered", tensor, center), make)
+
     def normalized(
         self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
     ) -> tuple[gs.Tensor, gs.Tensor]:

@@ -44,7 +44,7 @@ def scale(path: Path, of: str = "x") -> float:
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
             origin = node.input[0]
-            while origin in makes and makes[origin].op_type == "Cast":
+            while origin in makes and makes[origin].op_type in ("Cast", "Sub"):
                 origin = makes[origin].input[0]
             if origin == of:
                 return float(known[node.input[1]])
