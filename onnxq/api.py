@@ -402,6 +402,7 @@ def _placed(
     if requantize:
         _strip(model, report)
     placement = place(model, recipe, find_target(target))
+    report.notes += placement.notes
     if not placement.quantized:
         report.notes.append("there is no node to quantize")
     return model, placement

@@ -28,6 +28,7 @@ from onnxq.reasons import Context, head_sizes, obstacle, reason_to_leave
 from onnxq.recipe import Recipe, Rule
 from onnxq.schemes import granularity
 from onnxq.sites import Site, bystanders, current, find_sites
+from onnxq.unet import recognised, unet_roles
 
 __all__ = ["Decision", "Placement", "Site", "find_sites", "place"]
 
@@ -43,11 +44,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Placement:
-    """Decisions in graph order."""
+    """Decisions in graph order; `notes` say what roles of layers were recognised, and how."""
 
     recipe: Recipe
     target: Target
     decisions: tuple[Decision, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
@@ -86,7 +88,7 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
     """
     _refuse_target(recipe, target)
     _refuse_quantized(model)
-    sites = find_sites(model)
+    sites, notes = _with_roles(model, find_sites(model), recipe)
     context = Context(
         model,
         recipe,
@@ -97,8 +99,19 @@ def place(model: Model, recipe: Recipe, target: Target) -> Placement:
     )
     decisions = [_decide(site, context) for site in sites]
     decisions += [Decision(site, False, reason) for site, reason in bystanders(model, sites)]
-    decisions = _apply_rules(decisions, recipe.rules, context)
-    return Placement(recipe, target, tuple(decisions))
+    decisions = _apply_rules(decisions, recipe.rules_here, context)
+    return Placement(recipe, target, tuple(decisions), notes)
+
+
+def _with_roles(
+    model: Model, sites: list[Site], recipe: Recipe
+) -> tuple[list[Site], tuple[str, ...]]:
+    """The sites with their roles, if any rule goes by role, and what was recognised."""
+    if not any(rule.role for rule in recipe.rules):
+        return sites, ()
+    roles = unet_roles(model, sites)
+    found = [replace(site, role=roles[id(site.node)].word) for site in sites]
+    return found, tuple(recognised(roles.values()))
 
 
 def _refuse_target(recipe: Recipe, target: Target) -> None:
@@ -155,6 +168,8 @@ def _apply_rules(
 ) -> list[Decision]:
     for rule in rules:
         hits = [i for i, d in enumerate(decisions) if _matches(rule, d.site)]
+        if not hits and rule.role:
+            continue
         if not hits:
             names = ", ".join(sorted(d.site.name for d in decisions)[:3])
             raise OnnxqError(
@@ -193,6 +208,7 @@ def _matches(rule: Rule, site: Site) -> bool:
                 (rule.weight, site.weight_name),
                 (rule.module, site.module),
                 (rule.op, node.op),
+                (rule.role, site.role),
             )
             if pattern
         )

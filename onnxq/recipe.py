@@ -33,6 +33,7 @@ Mode = Literal["static", "dynamic"]
 _CALIBRATORS = ("max", "percentile", "entropy", "mse")
 _OPS = ("MatMul", "Gemm", "Conv")
 _LEAST_BLOCK = 16
+_LEVELS = (1, 2, 2.5, 3, 4)
 
 # What both operands of a product may be: the pairs for which TensorRT has a kernel, and UINT4; and
 # neither, for weights that are pruned alone.
@@ -79,6 +80,9 @@ class Recipe:
         lm_head, first, last: what happens to the vocabulary projection, to the first convolution
             and to the layer that makes an output.
         ops: operators that are candidates.
+        level: how much of a diffusion UNet is quantized, for rules that say `below`: 1 its
+            convolutions, 2 the feed-forward layers too, 2.5 and those of q, k and v, 3 and all
+            other linear layers, 4 and the attentions. 0: the recipe has no levels.
         rules: overrides by name.
     """
 
@@ -103,10 +107,16 @@ class Recipe:
     first: Choice = "quantize"
     last: Choice = "quantize"
     ops: tuple[str, ...] = _OPS
+    level: float = 0.0
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         _check_values(self)
+
+    @property
+    def rules_here(self) -> tuple[Rule, ...]:
+        """The rules that count at the recipe's level."""
+        return tuple(rule for rule in self.rules if not rule.below or self.level < rule.below)
 
     @property
     def needs_data(self) -> bool:
@@ -251,6 +261,7 @@ def _check_types(where: str, values: Mapping[str, Any]) -> None:
             "explicit": bool,
             "keep_flops": float,
             "keep_worst": int,
+            "level": float,
             "ops": list,
             "rules": list,
             "snr": float,
@@ -279,6 +290,7 @@ def _check_values(recipe: Recipe) -> None:
     for op in recipe.ops:
         check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
+    _check_level(recipe, where)
     _check_steps(recipe, where)
     _check_kept(recipe, where)
     if recipe.attention and (recipe.activations != "fp8" or recipe.mode != "static"):
@@ -330,6 +342,16 @@ def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None
         wrong, hint = f"{names}, and weights that are not rounded", "leave out what rounds"
     if wrong:
         raise OnnxqError(f"{where}: {wrong}", hint)
+
+
+def _check_level(recipe: Recipe, where: str) -> None:
+    if recipe.level not in (0, *_LEVELS):
+        known = ", ".join(f"{level:g}" for level in _LEVELS)
+        raise OnnxqError(f"{where}: there is no level {recipe.level:g}", f"choose one of: {known}")
+    if recipe.level and not any(rule.below for rule in recipe.rules):
+        raise OnnxqError(
+            f"{where}: it has no levels", "they are for sdxl-fp8 and sdxl-int8: leave level out"
+        )
 
 
 def _check_smoothing(recipe: Recipe, where: str) -> None:

@@ -13,13 +13,19 @@ Choice = Literal["quantize", "leave"]
 
 CHOICES = ("quantize", "leave")
 
+ROLES = (
+    *("conv_in", "conv_out", "shortcut", "conv", "embedding", "qkv", "feed_forward"),
+    *("proj_out", "linear", "attention"),
+)
+"""What a layer of a diffusion UNet can be for: `onnxq.unet` tells which it is."""
+
 
 @dataclass(frozen=True)
 class Rule:
     """Overrides the placement of the nodes it matches; of several rules the last one wins.
 
     Every pattern given must match. A pattern is the exact text, or a glob where it holds `*` or
-    `?`. A rule that matches no node is an error.
+    `?`. A rule that matches no node is an error, unless it goes by role: not every UNet has all.
 
     Attributes:
         action: `leave` or `quantize`.
@@ -27,6 +33,8 @@ class Rule:
         weight: the name of its weight's initializer.
         module: the module path in the node's metadata.
         op: the operator type.
+        role: what the layer is for in a diffusion UNet (see `onnxq.unet`).
+        below: counts only where the recipe's level is lower; 0: always.
     """
 
     action: Choice
@@ -34,20 +42,28 @@ class Rule:
     weight: str = ""
     module: str = ""
     op: str = ""
+    role: str = ""
+    below: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.node or self.weight or self.module or self.op):
+        if not (self.node or self.weight or self.module or self.op or self.role):
             raise OnnxqError(
                 f"the rule '{self.action}' has no pattern, and would match everything",
-                "give it node=, weight=, module= or op= with a name or a glob such as *",
+                "give it node=, weight=, module=, op= or role= with a name or a glob such as *",
             )
+        if self.role:
+            check_choice(f"the rule '{self.action}'", "role", self.role, ROLES)
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The action and the patterns given."""
-        return {name: text for name, text in asdict(self).items() if text}
+        return {name: value for name, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
-        patterns = [f"{k}={v}" for k, v in self.as_dict().items() if k != "action"]
+        patterns = [
+            f"{k}={v:g}" if k == "below" else f"{k}={v}"
+            for k, v in self.as_dict().items()
+            if k != "action"
+        ]
         return " ".join((self.action, *patterns))
 
 
@@ -66,9 +82,13 @@ def rule_from(content: Any, where: str) -> Rule:
             f"a rule has an action and patterns: {', '.join(allowed[1:])}",
         )
     check_choice(where, "action", content.get("action"), CHOICES)
-    if not all(isinstance(v, str) for v in content.values()):
+    level = content.get("below", 0.0)
+    if not all(isinstance(v, str) for k, v in content.items() if k != "below"):
         raise OnnxqError(f"{where}: a rule's patterns are text: {content!r}", "quote them")
-    return Rule(**content)
+    try:
+        return Rule(**{**content, "below": float(level)})
+    except (TypeError, ValueError):
+        raise OnnxqError(f"{where}: below={level!r} is no level", "give a number") from None
 
 
 def parse_rule(text: str) -> Rule:

@@ -31,6 +31,7 @@ class Site:
         operand: the weight, as the node sees it.
         module: module path from the metadata, or ''.
         attention: the pattern, for an attention.
+        role: what it is for in a diffusion UNet, where a recipe asks (see `onnxq.unet`); else ''.
     """
 
     node: Node
@@ -38,6 +39,7 @@ class Site:
     operand: ConstantOperand | None = None
     module: str = ""
     attention: Attention | None = None
+    role: str = ""
 
     @property
     def name(self) -> str:

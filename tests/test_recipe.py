@@ -88,7 +88,7 @@ def test_every_preset_loads_and_says_what_it_is() -> None:
     for name, preset in r.presets().items():
         assert preset.name == name and preset.description
         assert r.load(name) is preset
-        assert preset.attention == (name == "fp8-attention")
+        assert preset.attention == (name in ("fp8-attention", "sdxl-fp8"))
         assert preset.lm_head == "leave"
     for name, (weights, block, activations, data) in PRESETS.items():
         preset = r.load(name)
