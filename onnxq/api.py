@@ -6,9 +6,12 @@ Every function imports what it needs when it is called, so that `import onnxq` s
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
+    from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
 
@@ -53,6 +57,7 @@ def quantize(
     save_calib: PathLike | None = None,
     load_calib: Sequence[PathLike] = (),
     requantize: bool = False,
+    resume: bool = False,
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Quantized:
@@ -72,6 +77,8 @@ def quantize(
         memory: bytes of watched activations held at a time.
         save_calib, load_calib: keep the calibration table; use saved ones instead of data.
         requantize: take out the quantization that the model has; else such a model is refused.
+        resume: keep what is finished beside the output until that is written, and go on from
+            what a run that was stopped has kept there.
         announce: is told the recipe, and why it was chosen, before anything that takes long.
 
     Raises:
@@ -83,6 +90,7 @@ def quantize(
     from onnxq.rescaling import rescale, summary
     from onnxq.solving import Solver
     from onnxq.transform import activation_ranges, apply_placement, settle
+    from onnxq.unfinished import Unfinished, unfinished_beside
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
@@ -102,38 +110,51 @@ def quantize(
         report.edits.clear()
         return _saved(Model.load(source), destination, placement, report, started, progress)
     samples = data.open(graph.inputs(), progress) if data.given else None
-    table = _calibrate(graph, placement, samples, load_calib, memory, device, progress)
-    if table is not None:
-        report.notes += table.notes
-        if save_calib is not None:
-            table.save(Path(save_calib))
-    digest = table.digest if table is not None else None
-    if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-        placement, table, edits = rescale(graph, placement, table, progress, samples, device)
-        report.edits += edits
-        report.facts["rescaling"] = summary(edits)
-        if chosen.needs_ranges:
-            table = _measured_again(graph, placement, table, samples, memory, device, progress)
-    ranges = activation_ranges(placement, table) if table is not None else None
-    with layer_inputs(graph, placement, table, samples, device) as inputs:
-        report.edits += convert_base(
-            graph,
-            precision,
-            convert_io=io == "fp16",
-            samples=samples,
-            calibrated=table.peaks() if table else None,
-            device=device,
-            progress=progress,
+    kept = (
+        unfinished_beside(
+            destination, _run(source, graph, chosen, target, precision, io, samples, load_calib)
         )
-        placement = settle(placement, ranges)
-        solver = Solver(chosen.steps, inputs) if inputs is not None else None
-        report.edits += apply_placement(graph, placement, ranges, progress, solver)
-    if solver is not None:
-        report.edits += solver.edits()
-        report.facts["rounding"] = solver.facts()
-    record.stamp(graph, chosen, target, precision, digest)
-    report.facts.update(calibration=digest)
-    return _saved(graph, destination, placement, report, started, progress)
+        if resume and chosen.steps
+        else nullcontext(Unfinished())
+    )
+    with kept as unfinished:
+        table = _calibrate(
+            graph, placement, samples, load_calib, memory, device, progress, unfinished
+        )
+        if table is not None:
+            report.notes += table.notes
+            if save_calib is not None:
+                table.save(Path(save_calib))
+        digest = table.digest if table is not None else None
+        if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
+            placement, table, edits = rescale(graph, placement, table, progress, samples, device)
+            report.edits += edits
+            report.facts["rescaling"] = summary(edits)
+            if chosen.needs_ranges:
+                table = _measured_again(graph, placement, table, samples, memory, device, progress)
+        ranges = activation_ranges(placement, table) if table is not None else None
+        with layer_inputs(graph, placement, table, samples, device) as inputs:
+            report.edits += convert_base(
+                graph,
+                precision,
+                convert_io=io == "fp16",
+                samples=samples,
+                calibrated=table.peaks() if table else None,
+                device=device,
+                progress=progress,
+            )
+            placement = settle(placement, ranges)
+            sites = [decision.site for decision in placement.quantized]
+            solver = Solver(chosen.steps, inputs, sites, unfinished) if inputs is not None else None
+            report.edits += apply_placement(graph, placement, ranges, progress, solver)
+        if solver is not None:
+            report.edits += solver.edits()
+            report.facts["rounding"] = solver.facts()
+        if unfinished.found:
+            report.notes.append(f"{unfinished.found} parts were finished by a run that was stopped")
+        record.stamp(graph, chosen, target, precision, digest)
+        report.facts.update(calibration=digest)
+        return _saved(graph, destination, placement, report, started, progress)
 
 
 def inspect(
@@ -471,6 +492,7 @@ def _calibrate(
     memory: int | None,
     device: Device,
     progress: Progress,
+    unfinished: Unfinished,
 ) -> CalibrationTable | None:
     """The statistics a static recipe needs: from saved tables, or from one pass over the data."""
     from onnxq.calibrate.run import calibrate
@@ -482,7 +504,8 @@ def _calibrate(
     watched = watched_tensors(placement)
     if not tables:
         assert samples is not None  # `_refuse_missing_data` saw to it
-        return calibrate(
+        run = partial(
+            calibrate,
             graph.session_model,
             watched,
             samples,
@@ -491,11 +514,37 @@ def _calibrate(
             device=device,
             progress=progress,
         )
+        return unfinished.table(run, graph.fingerprint)
     table = load_table(Path(tables[0]), graph.fingerprint)
     for path in tables[1:]:
         table = table.merge(load_table(Path(path), graph.fingerprint))
     table.require(graph.fingerprint, watched)
     return table
+
+
+def _run(
+    source: Path,
+    graph: Model,
+    recipe: Recipe,
+    target: str,
+    precision: str,
+    io: str,
+    samples: Samples | None,
+    tables: Sequence[PathLike],
+) -> dict[str, Any]:
+    """All that the results of a run depend on; the model to the last byte of its weights."""
+    from onnxq import __version__
+    from onnxq.files import sha256
+
+    files = {source, *(values.extent.path for values in graph.stored_outside())}
+    return {
+        "version": __version__,
+        "model": sorted(sha256(file) for file in files),
+        "recipe": json.loads(json.dumps(recipe.as_dict())),
+        "target": target,
+        "precision": [precision, io],
+        "data": [samples.digest if samples else "", *(sha256(Path(t)) for t in tables)],
+    }
 
 
 def _measured_again(

@@ -176,6 +176,11 @@ _RULES = click.option(
     multiple=True,
     help="Use saved tables; several are merged.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep finished layers beside the output, and go on from those of a run that was stopped.",
+)
 @click.option("--requantize", is_flag=True, help="Take out the quantization MODEL has, then go on.")
 @_REPORT
 @click.pass_obj

@@ -44,14 +44,14 @@ class Coder:
         """
         fmt, activations = self.recipe.weight_format, self.recipe.activation_format
         if fmt.block or activations is None:
-            return [self._alone(site, fmt.scale_type or dtype.name) for site in sites]
+            return self._alone(sites, fmt.scale_type or dtype.name)
         if fmt is activations:
             return self._eight_bits(sites, dtype)
         return self._expanded(sites, activations, dtype)
 
-    def _alone(self, site: Site, scale_type: str) -> CodedWeight:
-        rounded = self.rounding(site, self._scheme(site, scale_type))
-        return self._once(rounded, None, _stored(rounded))
+    def _alone(self, sites: Sequence[Site], scale_type: str) -> list[CodedWeight]:
+        rounded = self.rounding([(site, self._scheme(site, scale_type)) for site in sites])
+        return [self._once(r, None, _stored(r)) for r in rounded]
 
     def _eight_bits(self, sites: Sequence[Site], dtype: Any) -> list[CodedWeight]:
         """The compiler makes one product of them, with one scale."""
@@ -68,9 +68,10 @@ class Coder:
                 unit = numerics.common_scale(scales, dtype)
                 schemes = [scheme.with_unit(unit) for scheme in schemes]
         found = []
-        for site, scheme in zip(sites, schemes, strict=True):
+        jobs = list(zip(sites, schemes, strict=True))
+        for site, scheme in jobs:
             self.nearest.peaks(site, scheme.granularity)
-            rounded = self.rounding(site, scheme)
+        for (_, scheme), rounded in zip(jobs, self.rounding(jobs), strict=True):
             coded = replace(_stored(rounded), scale=rounded.scale())
             if behind:
                 unit_scale = np.array(scheme.unit).astype(dtype)
@@ -88,7 +89,7 @@ class Coder:
         The unit and each channel's share are powers of two: the scales of the blocks are the same
         but for their exponents, and the compiler's product with 1 / unit is a division.
         """
-        rounded = [self.rounding(site, self._scheme(site, dtype.name)) for site in sites]
+        rounded = self.rounding([(site, self._scheme(site, dtype.name)) for site in sites])
         wanted = [_channel_scales(r, activations) for r in rounded]
         unit = numerics.common_scale(wanted, dtype)
         found = []

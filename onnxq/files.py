@@ -177,6 +177,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def take(handle: int) -> bool:
+    """Lock an open file for this process, until it is closed; False: another one has it.
+
+    File systems without locks give it to everyone.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def flush(path: Path) -> None:
     """Wait until the file's bytes are on the disk; a full one may be noticed only here."""
     handle = os.open(path, os.O_RDONLY)

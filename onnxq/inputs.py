@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +44,11 @@ class Moments:
 class Inputs(Protocol):
     """Gives the moments of layers, in graph order, and hears what became of each."""
 
-    def of(self, site: Site) -> Moments | None:
-        """Of one layer; the same object for all that read its tensor; None: there are none."""
+    independent: bool
+    """Whether they do not depend on what became of other layers: asked for in any order."""
+
+    def of(self, site: Site) -> Moments:
+        """Of one linear layer; one object for those asked for in turn that read one tensor."""
         ...
 
     def rounded(self, site: Site, values: FloatArray) -> None:
@@ -52,21 +56,27 @@ class Inputs(Protocol):
         ...
 
 
+class _LastOfThread(threading.local):
+    """What a thread asked for last."""
+
+    known: tuple[str, Moments] | None = None
+
+
 class CalibratedInputs:
     """From a calibration table: every layer reads what it reads in full precision."""
 
+    independent = True
+
     def __init__(self, placement: Placement, table: CalibrationTable) -> None:
         self._names, self._table = _input_names(placement), table
-        self._last: tuple[str, Moments] | None = None
+        self._last = _LastOfThread()
 
-    def of(self, site: Site) -> Moments | None:
-        name = self._names.get(id(site.node))
-        if name is None:
-            return None
-        if self._last is None or self._last[0] != name:
+    def of(self, site: Site) -> Moments:
+        name = self._names[id(site.node)]
+        if self._last.known is None or self._last.known[0] != name:
             gram = self._table.gram(name)
-            self._last = name, Moments(gram, gram, gram)
-        return self._last[1]
+            self._last.known = name, Moments(gram, gram, gram)
+        return self._last.known[1]
 
     def rounded(self, site: Site, values: FloatArray) -> None:
         """Nothing follows from it."""
@@ -75,7 +85,10 @@ class CalibratedInputs:
 class SequentialInputs:
     """From the model run behind the layers that are rounded already."""
 
+    independent = False
+
     def __init__(self, placement: Placement, staged: Staged) -> None:
+        self._lock = threading.Lock()
         self._names, self._staged = _input_names(placement), staged
         self._weights: dict[int, tuple[ConstantOperand, Any]] = {
             id(d.site.node): (d.site.operand, numpy_dtype(constant_type(d.site.operand.constant)))
@@ -84,19 +97,19 @@ class SequentialInputs:
         }
         self._last: tuple[str, Moments] | None = None
 
-    def of(self, site: Site) -> Moments | None:
-        name = self._names.get(id(site.node))
-        if name is None:
-            return None
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._staged.moments(name)
-        return self._last[1]
+    def of(self, site: Site) -> Moments:
+        name = self._names[id(site.node)]
+        with self._lock:
+            if self._last is None or self._last[0] != name:
+                self._last = name, self._staged.moments(name)
+            return self._last[1]
 
     def rounded(self, site: Site, values: FloatArray) -> None:
         operand, dtype = self._weights[id(site.node)]
         if operand.permutation is not None:
             values = values.transpose(np.argsort(operand.permutation))
-        self._staged.replace(operand.constant.name, values.astype(dtype))
+        with self._lock:
+            self._staged.replace(operand.constant.name, values.astype(dtype))
 
 
 @contextmanager

@@ -6,9 +6,9 @@ does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,18 +39,31 @@ class Rounded:
     zero: Callable[[], Array] | None = None
 
 
-Rounding = Callable[[Site, QuantScheme], Rounded]
-"""A method of rounding. The unit of a two-level scheme is its own to choose."""
+class Rounding(Protocol):
+    """A method of rounding. The unit of a two-level scheme is its own to choose."""
+
+    ahead: bool
+    """Whether weights can be rounded before those that come before them, by several threads."""
+
+    def __call__(self, jobs: Sequence[tuple[Site, QuantScheme]]) -> list[Rounded]:
+        """The weights of layers that read one tensor."""
+        ...
 
 
 class Nearest:
     """Round to nearest: the largest magnitude under each scale becomes the largest code."""
 
+    ahead = False  # nothing is computed before it is written
+
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Rounded] = {}
         self._peaks: dict[tuple[Any, ...], Array] = {}
 
-    def __call__(self, site: Site, scheme: QuantScheme) -> Rounded:
+    def __call__(self, jobs: Sequence[tuple[Site, QuantScheme]]) -> list[Rounded]:
+        return [self.one(*job) for job in jobs]
+
+    def one(self, site: Site, scheme: QuantScheme) -> Rounded:
+        """One of them."""
         key = (*_identity(site), scheme)
         if key not in self._known:
             peak = self._peaks.get((*_identity(site), scheme.granularity))

@@ -7,11 +7,15 @@ after is recorded. Codes wait in a temporary file until the model is written.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -23,12 +27,14 @@ from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.search import search_scales
 from onnxq.algorithms.target import corrected_target
 from onnxq.errors import OnnxqError
-from onnxq.formats import PerTensor, QuantScheme
+from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.inputs import Inputs, Moments
 from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
 from onnxq.schemes import summed_axis
 from onnxq.sites import Site
+from onnxq.threads import Once, in_order
+from onnxq.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -59,31 +65,47 @@ class Solved:
 
 
 class Solver:
-    """A rounding (see `onnxq.rounding`) by the steps of a recipe."""
+    """A rounding (see `onnxq.rounding`) by the steps of a recipe.
 
-    def __init__(self, steps: tuple[str, ...], inputs: Inputs) -> None:
-        self.steps, self._inputs = steps, inputs
-        self.nearest = Nearest()
-        self.solved: list[Solved] = []
-        self.left: list[Edit] = []
-        self._store = _Store()
-        self._known: dict[tuple[Any, ...], Rounded] = {}
-        self._sweep: tuple[Moments, Sweep] | None = None
+    Args:
+        sites: in graph order: what is said of them comes in this one.
+        unfinished: where finished layers wait for a run that goes on after this one.
+    """
 
-    def __call__(self, site: Site, scheme: QuantScheme) -> Rounded:
+    def __init__(
+        self,
+        steps: tuple[str, ...],
+        inputs: Inputs,
+        sites: Sequence[Site],
+        unfinished: Unfinished | None = None,
+    ) -> None:
+        self.steps, self.ahead = steps, inputs.independent
+        self._inputs, self._sites = inputs, sites
+        self._unfinished = unfinished or Unfinished()
+        self._nearest, self._store = Nearest(), _Store()
+        self._said: dict[int, Solved | Edit] = {}
+        self._known: dict[tuple[Any, ...], Once[Rounded]] = {}
+        self._sweeps: WeakKeyDictionary[Moments, Once[Sweep]] = WeakKeyDictionary()
+        self._lock = Lock()
+
+    def __call__(self, jobs: Sequence[tuple[Site, QuantScheme]]) -> list[Rounded]:
+        # Where layers can be rounded ahead, others are, by the threads there are.
+        return list(in_order(self._one, jobs, 1 if self.ahead else None))
+
+    def _one(self, job: tuple[Site, QuantScheme]) -> Rounded:
+        site, scheme = job
         assert site.operand is not None
         key = (id(site.operand.constant), site.operand.permutation, scheme)
-        if key not in self._known:
-            self._known[key] = self._rounded(site, scheme)
-        return self._known[key]
+        with self._lock:
+            once = self._known.setdefault(key, Once(partial(self._rounded, site, scheme)))
+        return once()
 
     def _rounded(self, site: Site, scheme: QuantScheme) -> Rounded:
-        why = "" if scheme.format.symmetric else "its format has zero points"
-        moments = None if why else self._inputs.of(site)
-        if moments is None:
-            why = why or "it is no linear layer"
-            self.left.append(Edit("round", "nearest", site.name, f"{why}: no second-order method"))
-            return self.nearest(site, scheme)
+        if site.kind != "linear" or not scheme.format.symmetric:
+            why = "it is no linear layer" if scheme.format.symmetric else "it has zero points"
+            reason = f"{why}: no second-order method"
+            self._said[id(site)] = Edit("round", "nearest", site.name, reason)
+            return self._nearest.one(site, scheme)
         assert site.operand is not None
         across = summed_axis(site) == 1
         values = site.operand.load().astype(np.float32)
@@ -92,10 +114,15 @@ class Solver:
         if scheme.format.two_level:
             largest = float(np.abs(W).max(initial=0))
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
-        found = self._solve(site, np.ascontiguousarray(W), inner, moments)
-        stored = found.grid * numerics.steps(found.scale, inner, W.shape)
+        found = self._unfinished.arrays(
+            f"layer {self._place(site)} {site.weight_name} {inner}",
+            lambda: self._solve(site, np.ascontiguousarray(W), inner).arrays(),
+        )
+        solution = _Solution.of(found, inner)
+        self._said[id(site)] = solution.solved
+        stored = solution.values(inner)
         self._inputs.rounded(site, stored.T if across else stored)
-        codes, scale = found.grid.astype(scheme.format.dtype()), found.scale
+        codes, scale = solution.codes, solution.scale
         unit = np.array(inner.unit, np.float32)
         return Rounded(
             scheme,
@@ -104,7 +131,11 @@ class Solver:
             (lambda: unit) if scheme.format.two_level else None,
         )
 
-    def _solve(self, site: Site, W: Array, scheme: QuantScheme, moments: Moments) -> _Candidate:
+    def _place(self, site: Site) -> int:
+        return next(i for i, other in enumerate(self._sites) if other is site)
+
+    def _solve(self, site: Site, W: Array, scheme: QuantScheme) -> _Solution:
+        moments = self._inputs.of(site)
         power = float(output_errors(W, moments.full).sum()) or 1.0
         errors: dict[str, float] = {}
         best: _Candidate | None = None
@@ -115,8 +146,8 @@ class Solver:
                 best = candidate
             errors[candidate.name] = error
         assert best is not None
-        self.solved.append(Solved(site.name, errors, best.name))
-        return best
+        codes = best.grid.astype(scheme.format.dtype())
+        return _Solution(codes, best.scale, Solved(site.name, errors, best.name))
 
     def _candidates(
         self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
@@ -150,24 +181,54 @@ class Solver:
             yield _Candidate("+".join(done), grid, scale)
 
     def _sweep_of(self, moments: Moments) -> Sweep:
-        """Layers that read one tensor come one after another, and share its factor."""
-        if self._sweep is None or self._sweep[0] is not moments:
-            self._sweep = moments, Sweep(moments.rounded)
-        return self._sweep[1]
+        """Layers that read one tensor share its factor."""
+        with self._lock:
+            once = self._sweeps.setdefault(moments, Once(partial(Sweep, moments.rounded)))
+        return once()
 
     def facts(self) -> dict[str, Any]:
         """The figures for the report."""
-        gains = [s.gain for s in self.solved]
+        solved = [said for said in self._said.values() if isinstance(said, Solved)]
+        gains = [s.gain for s in solved]
         return {
             "steps": list(self.steps),
             "layers": len(gains),
-            "improved": sum(s.kept != "nearest" for s in self.solved),
+            "improved": sum(s.kept != "nearest" for s in solved),
             "gain_db": round(float(np.mean(gains)), 2) if gains else 0.0,
         }
 
     def edits(self) -> list[Edit]:
-        """One a weight."""
-        return [s.edit() for s in self.solved] + self.left
+        """One a weight, in graph order."""
+        said = [self._said[id(site)] for site in self._sites if id(site) in self._said]
+        return [s.edit() if isinstance(s, Solved) else s for s in said]
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """A weight's codes [K, N] in the format's type, its scales, and what is said of it."""
+
+    codes: Array
+    scale: Array
+    solved: Solved
+
+    def values(self, scheme: QuantScheme) -> Array:
+        """What the codes stand for, in float32."""
+        step = numerics.steps(self.scale, scheme, self.codes.shape)
+        return np.asarray(self.codes.astype(np.float32) * step)
+
+    def arrays(self) -> dict[str, Array]:
+        """As arrays of plain numbers; `of` reads them."""
+        about = json.dumps(vars(self.solved)).encode()
+        plain = {"codes": self.codes, "scale": self.scale, "about": np.frombuffer(about, np.uint8)}
+        return {name: array.view(f"u{array.itemsize}") for name, array in plain.items()}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array], scheme: QuantScheme) -> _Solution:
+        return cls(
+            arrays["codes"].view(scheme.format.dtype()),
+            arrays["scale"].view(dtype_named(scheme.scale_type)),
+            Solved(**json.loads(arrays["about"].tobytes())),
+        )
 
 
 @dataclass(frozen=True)
@@ -191,14 +252,16 @@ class _Store:
     """Arrays in a nameless temporary file, each read back when it is asked for."""
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
 
     def put(self, values: Array) -> Callable[[], Array]:
         shape, dtype = values.shape, values.dtype
-        start = self._file.seek(0, 2)
         try:
-            self._file.write(values.tobytes())
-            self._file.flush()
+            with self._lock:
+                start = self._file.seek(0, 2)
+                self._file.write(values.tobytes())
+                self._file.flush()
         except OSError as error:
             raise OnnxqError(
                 f"cannot keep rounded weights in {tempfile.gettempdir()}: {error}",

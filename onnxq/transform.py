@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnxq.formats import QuantFormat
 from onnxq.graph.dtypes import value_dtype
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit import Emitter
+from onnxq.graph.emit_weight import CodedWeight
 from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand
@@ -27,6 +29,7 @@ from onnxq.recipe import Recipe
 from onnxq.report import Edit
 from onnxq.rounding import Rounding
 from onnxq.sites import is_current
+from onnxq.threads import in_order
 
 SOFTMAX_PEAK = 1.0
 """Probabilities need no calibration: the scale is 1/448."""
@@ -154,13 +157,14 @@ def apply_placement(
     emitter, coder = Emitter(editor), Coder(placement.recipe, rounding)
     edits = []
     done, total = 0, len(placement.quantized)
-    for group in _groups(placement):
+    groups = _groups(placement)
+    for group, coded in zip(groups, _coded(coder, groups), strict=True):
         if group[0].attention is not None:
             assert ranges is not None  # recipes quantize attention with static scales only
             for site in group:
                 _quantize_attention(emitter, site, placement.recipe, ranges)
         else:
-            _quantize_layers(emitter, coder, group, ranges)
+            _quantize_layers(emitter, coder, group, coded, ranges)
         done += len(group)
         progress("quantizing", done, total)
     for decision in placement.decisions:
@@ -179,12 +183,39 @@ def _groups(placement: Placement) -> list[list[Site]]:
     return list(groups.values())
 
 
+def _coded(
+    coder: Coder, groups: Sequence[Sequence[Site]]
+) -> Iterator[Callable[[], list[CodedWeight]]]:
+    """What gives the weights of each group of sites, in order; some by then are computed.
+
+    Layers that share a weight with others wait for their turn: who comes first decides on it.
+    """
+    readers = Counter(id(site.operand.constant) for g in groups for site in g if site.operand)
+
+    def code(sites: Sequence[Site]) -> list[CodedWeight]:
+        return coder.code(sites, _dtype(sites[0].node.inputs[0]))
+
+    def ahead(sites: Sequence[Site]) -> Callable[[], list[CodedWeight]]:
+        constants = [site.operand.constant for site in sites if site.operand]
+        alone = all(readers[id(constant)] == 1 for constant in constants)
+        if not (coder.rounding.ahead and constants and alone):
+            return lambda: code(sites)
+        made = code(sites)
+        return lambda: made
+
+    return in_order(ahead, groups, None if coder.rounding.ahead else 1)
+
+
 def _quantize_layers(
-    emitter: Emitter, coder: Coder, sites: list[Site], ranges: Ranges | None
+    emitter: Emitter,
+    coder: Coder,
+    sites: Sequence[Site],
+    weights: Callable[[], list[CodedWeight]],
+    ranges: Ranges | None,
 ) -> None:
     """Layers that read one tensor."""
     recipe, dtype = coder.recipe, _dtype(sites[0].node.inputs[0])
-    coded_weights = coder.code(sites, dtype)
+    coded_weights = weights()
     found = None if ranges is None else ranges.get((id(sites[0].node), 0))
     center, shifts = centered_layers(sites, coded_weights, found, recipe.activation_format, dtype)
     for site, coded, shift in zip(sites, coded_weights, shifts, strict=True):

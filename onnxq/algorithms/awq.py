@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxq import numerics
 from onnxq.algorithms.hessian import output_errors
 from onnxq.formats import QuantScheme
+from onnxq.threads import in_order
 
 Matrix = NDArray[Any]
 
@@ -39,14 +40,17 @@ def search_channel_scales(
     magnitude = np.maximum(magnitude, magnitude.max() * 1e-4 or 1.0)
     for tied in ties:
         magnitude[tied] = np.exp(np.log(magnitude[tied]).mean())
-    best, least, chosen = np.ones(len(magnitude), np.float32), np.inf, 0.0
-    for alpha in ALPHAS:
+
+    def scales(alpha: float) -> NDArray[np.float32]:
         s = magnitude**alpha
-        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
-        error = sum(float(output_errors(_error(W, s, scheme), H).sum()) for W, scheme in weights)
-        if error < least:
-            best, least, chosen = s, error, float(alpha)
-    return best, chosen
+        return np.asarray(s / np.sqrt(s.max() * s.min()), np.float32)
+
+    def error(alpha: float) -> float:
+        s = scales(alpha)
+        return sum(float(output_errors(_error(W, s, scheme), H).sum()) for W, scheme in weights)
+
+    best = float(ALPHAS[np.argmin(list(in_order(error, ALPHAS)))])
+    return scales(best), best
 
 
 def _error(W: Matrix, s: NDArray[np.float32], scheme: QuantScheme) -> Matrix:

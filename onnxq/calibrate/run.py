@@ -11,7 +11,6 @@ product over another number of rows or threads may add in another order and diff
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from onnxq.calibrate.statistics import Gram, NotFiniteError, Statistic, make
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
+from onnxq.threads import cores
 
 # Fewer values a step than this are counted before a second thread has begun.
 _WORTH_THREADS = 1 << 18
@@ -65,7 +65,7 @@ def calibrate(
         plan(opener, list(watched), samples.largest(), memory, _held(watched)) if watched else []
     )
     done, total = 0, len(groups) * len(samples)
-    workers = threads or _cores()
+    workers = threads or cores()
     with ThreadPoolExecutor(workers) as pool:
         for group in groups:
             session = opener(group)
@@ -151,10 +151,3 @@ def _said(error: Exception, name: str, label: str) -> OnnxqError:
         "repair or leave out that sample; if every sample does it, the model overflows by "
         "itself: give its FP32 original",
     )
-
-
-def _cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -259,7 +259,7 @@ class CalibrationTable:
             for key, array in sorted(statistic.arrays().items())
         ]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, compressed: bool = True) -> None:
         """Write the table to `path` (.npz, no pickles), atomically; the same table, the same bytes.
 
         Raises:
@@ -280,7 +280,7 @@ class CalibrationTable:
         for tensor, name, key, array in self._arrays():
             arrays[f"{tensors.index(tensor)}.{name}.{key}"] = array
         with replacing(path) as (temporary,), temporary.open("wb") as stream:
-            np.savez_compressed(stream, **arrays)
+            (np.savez_compressed if compressed else np.savez)(stream, **arrays)
 
 
 def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
