@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -139,13 +140,20 @@ def layer_inputs(
                 "give the data too, with --calib or --text",
             )
         stops = list(dict.fromkeys(_input_names(placement).values()))
-        with Staged(Segments(model, stops), samples, device=device) as staged:
+        known = partial(_summed, table)
+        with Staged(Segments(model, stops), samples, device=device, known=known) as staged:
             yield SequentialInputs(placement, staged)
     elif placement.recipe.needs_grams:
         assert table is not None  # the steps are what it was made for
         yield CalibratedInputs(placement, table)
     else:
         yield None
+
+
+def _summed(table: CalibrationTable | None, tensor: str) -> FloatArray | None:
+    """The Gram matrix of a tensor, if a calibration has summed it up."""
+    found = table.statistics.get(tensor, {}) if table is not None else {}
+    return table.gram(tensor) if table is not None and "gram" in found else None
 
 
 def _input_names(placement: Placement) -> dict[int, str]:

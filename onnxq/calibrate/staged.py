@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.session import Device, open_session
-from onnxq.calibrate.statistics import NotFiniteError, as_float32, finite_extremes
+from onnxq.calibrate.statistics import Gram, NotFiniteError, as_float32
 from onnxq.errors import OnnxqError
 from onnxq.files import scratch
 from onnxq.graph.segments import Segments
@@ -39,7 +39,9 @@ class Staged:
         *,
         device: Device = "auto",
         threads: int | None = None,
+        known: Callable[[str], Array | None] = lambda stop: None,
     ) -> None:
+        self._known = known  # X^T X / rows of a stop in full precision, where it is summed already
         self._segments, self._samples = segments, samples
         self._device, self._threads = device, threads
         self._weights: dict[str, Array] = {}
@@ -72,21 +74,20 @@ class Staged:
             for _ in zip_longest(*self._passes(passed)):
                 pass
         self._next = index + 1
-        sums: list[Array] | None = None
-        rows = 0
+        known = self._known(stop)
+        own, cross = (Gram(), Gram()), _Cross()
         runs = self._passes(index)
         # Both to their ends, where each lets go what nobody needs any more.
         for sample, values in enumerate(zip_longest(*runs)):
-            both = [self._rows(v, stop, sample) for v in values]
-            pairs = [(0, 0)] if len(both) == 1 else [(0, 0), (1, 1), (1, 0)]
-            products = [both[i].T @ both[j] for i, j in pairs]
-            sums = (
-                products if sums is None else [s + p for s, p in zip(sums, products, strict=True)]
-            )
-            rows += len(both[0])
-        assert sums is not None
-        found = [s / np.float32(max(rows, 1)) for s in sums]
-        return Moments(*found) if len(runs) > 1 else Moments(*(found * 3))
+            for i, each in enumerate(values):
+                if i > 0 or known is None:
+                    self._update(own[i], each, stop, sample)
+            if len(values) > 1:
+                cross.update(values[1], values[0])
+        full = own[0].matrix if known is None else known
+        if len(runs) == 1:
+            return Moments(full, full, full)
+        return Moments(full, own[1].matrix, cross.matrix)
 
     def _passes(self, index: int) -> list[Iterator[Array]]:
         """The stop's values of each sample, in full precision and, once there is one, rounded."""
@@ -95,15 +96,14 @@ class Staged:
             runs.append(self._pass(self._rounded, index, self._weights))
         return runs
 
-    def _rows(self, values: Array, stop: str, sample: int) -> Array:
+    def _update(self, gram: Gram, values: Array, stop: str, sample: int) -> None:
         try:
-            finite_extremes(values)
+            gram.update(values)
         except NotFiniteError as error:
             raise OnnxqError(
                 f"the tensor {stop!r} is not finite in {self._samples.label(sample)}: {error}",
                 "repair or leave out that sample",
             ) from error
-        return np.ascontiguousarray(as_float32(values).reshape(-1, values.shape[-1]))
 
     def _pass(self, run: _Run, index: int, weights: Mapping[str, Array]) -> Iterator[Array]:
         """The stop's values of each sample; the frontier behind it takes the old one's place."""
@@ -126,6 +126,30 @@ class Staged:
                     run.put(name, sample, made[name])
             yield made[stop] if stop in made else known[stop]
         run.keep(frontier)
+
+
+class _Cross:
+    """Y^T X, summed over rows, of values whose last axes are the channels."""
+
+    def __init__(self) -> None:
+        self._sum: Array | None = None
+        self._rows = 0
+
+    def update(self, left: Array, right: Array) -> None:
+        from scipy.linalg.blas import sgemm
+
+        y, x = (np.ascontiguousarray(as_float32(v).reshape(-1, v.shape[-1])) for v in (left, right))
+        # BLAS counts columns first: transposed, as they lie, these are x^T and y^T.
+        if not y.size:
+            return
+        self._sum = sgemm(1.0, x.T, y.T, 1.0, self._sum, trans_b=1, overwrite_c=1)
+        self._rows += len(y)
+
+    @property
+    def matrix(self) -> Array:
+        """Divided by the rows."""
+        assert self._sum is not None
+        return np.asarray(self._sum.T / np.float32(max(self._rows, 1)))
 
 
 class _Known:

@@ -25,7 +25,7 @@ def speed_rows(names: list[str]) -> list[dict[str, Any]]:
     """One row a model and kind of calibration."""
     rows = []
     for name in names:
-        for what in ("amax", "histogram"):
+        for what in ("amax", "histogram", *(["gram"] if CASES[name].four else [])):
             print(f"{name} {what} calibration ...", file=sys.stderr, flush=True)
             runs = [(_child(name, "bare"), _child(name, what)) for _ in range(_ROUNDS)]
             rows.append(
