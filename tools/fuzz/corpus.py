@@ -47,6 +47,18 @@ def small_models() -> Iterator[Seed]:
     yield Seed("functions", _functions().SerializeToString())
 
 
+def quantized_models(folder: Path) -> Iterator[Seed]:
+    """What onnxq itself writes of some: for lint, and for what begins anew."""
+    import onnxq
+
+    made = {"mlp": ("int4-rtn", "int8-dynamic", "w4a8-rtn-dynamic"), "cnn": ("fp8-dynamic",)}
+    for seed in small_models():
+        for recipe in made.get(seed.name, ()):
+            (folder / "seed.onnx").write_bytes(seed.content)
+            onnxq.quantize(folder / "seed.onnx", folder / "made.onnx", recipe=recipe)
+            yield Seed(f"{seed.name} {recipe}", (folder / "made.onnx").read_bytes())
+
+
 _TEXTS: list[tuple[str, str, list[onnx.TensorProto]]] = [
     (
         "mlp",

@@ -22,10 +22,12 @@ from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
 from onnxq.placement import place
 from onnxq.recipe import load as load_recipe
+from onnxq.terminal import printable
 from tools.fuzz import corpus, mutate
 
 RECIPES = ("int8-dynamic", "fp8-dynamic", "int8", "fp8", "fp8-attention", "int8-weight-only")
 WITHOUT_DATA = ("int8-dynamic", "fp8-dynamic", "int8-weight-only", "fp8-weight-only", "int4-rtn")
+TARGETS = ("sm80", "sm89", "sm120")
 _WRITTEN_FROM = 60_000  # bytes; larger models are looked at only
 
 _F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -63,7 +65,7 @@ class Cases:
 
     def __init__(self, folder: Path, models: Path, seed: int) -> None:
         self.seed = seed
-        self.small = list(corpus.small_models())
+        self.small = [*corpus.small_models(), *corpus.quantized_models(folder)]
         self.real = list(corpus.real_pieces(models, folder / "data")) if models.is_dir() else []
         self.archives = list(corpus.archives())
         self.tables = list(corpus.tables(folder))
@@ -98,15 +100,27 @@ class Cases:
 
 
 def model(path: Path, rng: random.Random) -> None:
-    """Load, prepare, place; of small models also write the quantized one, and read that again."""
+    """Load, prepare, place, lint; of small models also write the quantized or mended one, and read
+    that again."""
     recipe = load_recipe(rng.choice(RECIPES))
     loaded, _ = prepare(Model.load(path), rng.choice([0, 19, 21]))
     loaded.inputs()
     place(loaded, recipe, gpu("sm89"))
-    if path.stat().st_size < _WRITTEN_FROM and rng.random() < 0.5:
-        written = path.with_name("out.onnx")
-        onnxq.quantize(path, written, recipe=rng.choice(WITHOUT_DATA))
+    small, written = path.stat().st_size < _WRITTEN_FROM, path.with_name("out.onnx")
+    if rng.random() < 0.5:
+        _linted(path, written, small and rng.random() < 0.5, rng.choice(TARGETS))
+    if small and rng.random() < 0.5:
+        again = rng.random() < 0.4
+        onnxq.quantize(path, written, recipe=rng.choice(WITHOUT_DATA), requantize=again)
         Model.load(written)
+
+
+def _linted(path: Path, written: Path, fix: bool, target: str) -> None:
+    found = onnxq.lint(path, written if fix else None, target=target, fix=fix)
+    assert found.passed == (not found.findings)
+    for entry in found.findings:
+        line = f"{entry.rule} {entry.node} {entry.reason} {entry.cure}"
+        assert printable(line).isprintable() and len(line) < 20_000
 
 
 def data(path: Path, rng: random.Random) -> None:
