@@ -64,8 +64,7 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
             kind = "amax" if recipe.calibrator == "max" else "histogram"
             for node, i in _measured_inputs(site):
                 wanted.setdefault(node.inputs[i].name, []).append(kind)
-            fmt = recipe.activation_format
-            if site.attention is None and fmt is not None and not fmt.is_float:
+            if site.attention is None:
                 axis = -1 if site.kind == "linear" else 1
                 wanted[site.node.inputs[0].name].append(f"channel_amax:{axis}")
         if site.kind == "linear":
