@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from core_graphs import Net
 
 import onnxq
 from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
+from onnxq.recipe import load
 from onnxq.samples import Data
 from tools.bench.flops import model_flops
 
@@ -211,3 +213,40 @@ def test_a_trained_cnn_without_data(
     assert built.passed
     assert built.report.facts["products"]["conv"][form] == convolutions
     assert built.report.facts["products"]["gemm"][form] == 8  # the recognizer's head is left
+
+
+STEPPED = {
+    # the same forms behind steps that choose other codes and scales, and fold factors into norms
+    "int4-gptq": ("fp16 x int4", ()),
+    "int4-awq": ("fp16 x int4", ()),
+    "int4-best": ("fp16 x int4", ()),
+    "w4a8-gptq": ("int8", ()),
+    "w4a8-awq-dynamic": ("int8", ()),
+    "w4a8-rtn-dynamic": ("fp8", ("activations=fp8",)),
+    "w4a8-awq": ("fp8", ("activations=fp8",)),
+}
+
+
+@pytest.mark.parametrize("recipe", STEPPED)
+def test_steps_keep_the_form_that_compiles(recipe: str, folder: Path) -> None:
+    """A norm, two layers that read it, a gate, one layer behind: every product as it should be."""
+    ran, changes = STEPPED[recipe]
+    net = Net()
+    x = net.input("x", ["batch", 64, 128])
+    gain = net.const("gain", np.where(np.arange(128) % 9, 1.0, 8.0))
+    normal = net.op("LayerNormalization", x, gain, net.const("zero", np.zeros(128)), name="/norm")
+    up = net.op("MatMul", normal, net.weight("up", 128, 256), name="/up")
+    gate = net.op("MatMul", normal, net.weight("gate", 128, 256), name="/gate")
+    product = net.op("Mul", net.op("Sigmoid", gate, name="/act"), up, name="/mul")
+    net.output(net.op("MatMul", product, net.weight("down", 256, 128), name="/down"))
+    source = net.save(folder / "net.onnx")
+    rows = np.random.default_rng(0).standard_normal((8, 64, 128)).astype(np.float32)
+    np.savez(folder / "d.npz", x=rows)
+    made = folder / "model.onnx"
+    calib = folder / "d.npz" if load(recipe).needs_data else None
+    onnxq.quantize(source, made, recipe=recipe, changes=changes, calib=calib)
+    shapes = ["x:1x64x128,4x64x128,8x64x128"]
+    built = onnxq.build(made, folder / "model.plan", shapes=shapes, strict=True)
+    assert built.passed
+    assert built.report.facts["products"]["gemm"] == {ran: 3}
+    assert built.report.facts["weight_bytes"]["int4"] == 3 * 128 * 256 / 2
