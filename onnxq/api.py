@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
+    from onnxq.transform import Ranges
     from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
@@ -133,6 +134,8 @@ def quantize(
             if chosen.needs_ranges:
                 table = _measured_again(graph, placement, table, samples, memory, device, progress)
         ranges = activation_ranges(placement, table) if table is not None else None
+        if chosen.keeps:
+            placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
         with layer_inputs(graph, placement, table, samples, device) as inputs:
             report.edits += convert_base(
                 graph,
@@ -545,6 +548,30 @@ def _run(
         "precision": [precision, io],
         "data": [samples.digest if samples else "", *(sha256(Path(t)) for t in tables)],
     }
+
+
+def _kept(
+    graph: Model,
+    placement: Placement,
+    ranges: Ranges | None,
+    samples: Samples | None,
+    report: Report,
+    device: Device,
+    progress: Progress,
+) -> tuple[Placement, Recipe]:
+    """The placement without the layers that cost too much, and the recipe that names them."""
+    from onnxq.keeping import keep
+
+    if samples is None:
+        raise OnnxqError(
+            "which layers cost the outputs most is measured on data: a calibration table is not "
+            "enough",
+            "give the data too, with --calib or --text",
+        )
+    placement, edits, facts = keep(graph, placement, ranges, samples, device, progress)
+    report.edits += edits
+    report.facts["kept"] = facts
+    return placement, placement.recipe.keeping(tuple(edit.target for edit in edits))
 
 
 def _measured_again(

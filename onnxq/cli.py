@@ -131,6 +131,7 @@ _CHANGES = click.option(
     metavar="FIELD=VALUE",
     help="Another value of a field of the recipe, such as block_size=32 or activations=fp8.",
 )
+_KEPT = ("keep_worst", "keep_flops", "snr")
 _RULES = click.option(
     "--rule",
     "rules",
@@ -168,6 +169,18 @@ _RULES = click.option(
 @click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse or mse:2.")
 @_RULES
 @_CHANGES
+@click.option(
+    "--keep-worst",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Leave up to N layers as they are: those that cost the model's outputs most.",
+)
+@click.option(
+    "--keep-flops", metavar="SHARE", help="The same, up to a share of multiplications, as in 10%."
+)
+@click.option(
+    "--snr", type=float, metavar="DB", help="The same, only until the outputs have DB decibels."
+)
 @click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
 @click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
 @click.option(
@@ -189,9 +202,10 @@ def quantize(
 ) -> None:
     """Write a quantized copy of MODEL."""
     from onnxq import api
-    from onnxq.terminal import parse_size, quantized_lines
+    from onnxq.terminal import kept_changes, parse_size, quantized_lines
 
     data = _data(options)
+    options["changes"] += kept_changes(*(options.pop(n) for n in _KEPT))
     result = api.quantize(
         model,
         calib=data if data.given else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -138,7 +138,7 @@ class Recipe:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What its steps need to know of every layer's input, by the names of `calibrate`."""
-        needs = dict.fromkeys(NEEDS[name] for name in self.steps if name in NEEDS)
+        needs = [s for name in self.steps if name in NEEDS for s in NEEDS[name]]
         return (*needs, "gram") if self.needs_grams else (*needs,)
 
     @property
@@ -208,6 +208,11 @@ class Recipe:
                 )
             given[name] = _yaml(value, f"{self.name}: {name}")
         return from_dict({**self.as_dict(), **given}, self.name) if given else self
+
+    def keeping(self, nodes: tuple[str, ...]) -> Recipe:
+        """The same with the layers named that its bounds on error chose, instead of the bounds."""
+        settled = replace(self, keep_worst=0, keep_flops=0.0, snr=None)
+        return settled.with_rules(tuple(Rule("leave", node=name) for name in nodes))
 
     def with_rules(self, rules: tuple[Rule, ...]) -> Recipe:
         """The same with more rules behind its own."""

@@ -181,6 +181,11 @@ def _followed(table: CalibrationTable, fold: Fold, s: FloatArray) -> Calibration
         statistics[new] = {
             name: statistic.divided(factors)
             for name, statistic in table.statistics.get(old, {}).items()
-            if isinstance(statistic, (Gram, Rows, ChannelAmax))
+            if isinstance(statistic, (Gram, Rows))
+            or (isinstance(statistic, ChannelAmax) and _size(statistic) == factors.size)
         }
     return replace(table, statistics=statistics)
+
+
+def _size(statistic: ChannelAmax) -> int:
+    return 0 if statistic.values is None else statistic.values.size

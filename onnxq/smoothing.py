@@ -8,6 +8,7 @@ import numpy as np
 
 from onnxq import numerics
 from onnxq.algorithms import smoothquant
+from onnxq.calibrate.one_sided import centered
 from onnxq.calibrate.ranges import choose
 from onnxq.calibrate.statistics import Histogram
 from onnxq.calibrate.table import CalibrationTable
@@ -65,12 +66,17 @@ def input_rounding(
         return np.asarray(numerics.nearest(rows / step, fmt) * step)
 
     def static(rows: FloatArray, s: FloatArray) -> FloatArray:
-        if recipe.calibrator == "max":
-            peak = float((peaks / s).max())
+        found, method = _counted(rows, counts), recipe.calibrator
+        middle = centered(found, method, recipe.activations) if recipe.center else None
+        if middle is not None:
+            offset, reach = middle
+        elif method == "max":
+            offset, reach = 0, float((peaks / s).max())
         else:
-            peak = choose(_counted(rows, counts), recipe.calibrator, recipe.activations)
-        step = np.float32(peak / fmt.qmax) or np.float32(1)
-        return np.asarray(numerics.nearest(rows / step, fmt) * step)
+            offset, reach = 0, choose(found, method, recipe.activations)
+        step = np.float32(reach / fmt.qmax) or np.float32(1)
+        middle_at = np.float32(offset * step)
+        return np.asarray(numerics.nearest((rows - middle_at) / step, fmt) * step + middle_at)
 
     return static if recipe.mode == "static" else dynamic
 

@@ -94,6 +94,13 @@ def parse_share(text: str) -> float:
     return float(match[1]) / (100 if match[2] else 1)
 
 
+def kept_changes(worst: int | None, flops: str | None, snr: float | None) -> tuple[str, ...]:
+    """The bounds on what is left for its error, as fields of a recipe."""
+    share = None if flops is None else parse_share(flops)
+    given = {"keep_worst": worst, "keep_flops": share, "snr": snr}
+    return tuple(f"{name}={value}" for name, value in given.items() if value is not None)
+
+
 def megabytes(size: float) -> str:
     """`164 MB`, or `5.13 GB`."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
@@ -124,14 +131,26 @@ def recipe_lines() -> list[str]:
 
 def _step_lines(facts: dict[str, Any]) -> list[str]:
     """What the recipe's steps gained; of each weight the report says it."""
+    lines = []
+    if rescaled := facts.get("rescaling"):
+        lines.append(
+            f"  rescaled: {rescaled['folded']} inputs folded, {rescaled['multiplied']} by a Mul, "
+            f"{rescaled['left']} left"
+        )
+    if kept := facts.get("kept"):
+        lines.append(
+            f"  {len(kept['layers'])} layers left for their error, {kept['share']:.1%} of the "
+            f"multiplications: outputs {kept['snr_before']} dB to {kept['snr_after']} dB on "
+            "calibration data"
+        )
     found = facts.get("rounding")
-    if not found or not found["layers"]:
-        return []
-    steps = ", ".join(found["steps"])
-    return [
-        f"  {steps}: {found['improved']} of {found['layers']} weights with less output error, "
-        f"{found['gain_db']:.1f} dB on average"
-    ]
+    if found and found["layers"]:
+        steps = ", ".join(found["steps"])
+        lines.append(
+            f"  {steps}: {found['improved']} of {found['layers']} weights with less output error, "
+            f"{found['gain_db']:.1f} dB on average"
+        )
+    return lines
 
 
 def inspected_lines(result: Inspected) -> list[str]:

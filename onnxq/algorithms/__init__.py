@@ -39,6 +39,6 @@ STEPS: dict[str, tuple[Kind, str]] = {
 DATA_FREE = ("magnitude",)
 """Steps that look at nothing but the weight."""
 
-NEEDS = {"smoothquant": "channel_amax:-1+rows"}
+NEEDS = {"smoothquant": ("channel_amax:-1", "rows")}
 """Name -> the statistics of its layer's input that a step needs; of all others but `DATA_FREE`, the
 second moments ("gram")."""
