@@ -12,10 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxq.api import build, compare, inspect, lint, quantize, recommend
+    from onnxq.api import build, check_zeros, compare, inspect, lint, prune, quantize, recommend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "compare", "inspect", "lint", "quantize", "recommend"]
+__all__ = [
+    "__version__",
+    "build",
+    "check_zeros",
+    "compare",
+    "inspect",
+    "lint",
+    "prune",
+    "quantize",
+    "recommend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from onnxq import record
 from onnxq.base import Precision, convert_base, write_fp16
@@ -27,7 +27,11 @@ from onnxq.recipe import load as load_recipe
 from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
 from onnxq.results import Built, Compared, Inspected, Linted, Quantized, Result
+from onnxq.rules import check_choice
 from onnxq.samples import Data
+from onnxq.zeros import DEFAULT_PATTERN as DEFAULT_PATTERN
+from onnxq.zeros import check_zeros as check_zeros
+from onnxq.zeros import prune as prune
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
@@ -59,6 +63,7 @@ def quantize(
     load_calib: Sequence[PathLike] = (),
     requantize: bool = False,
     resume: bool = False,
+    recipe_from: PathLike | None = None,
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = silent,
 ) -> Quantized:
@@ -80,6 +85,8 @@ def quantize(
         requantize: take out the quantization that the model has; else such a model is refused.
         resume: keep what is finished beside the output until that is written, and go on from
             what a run that was stopped has kept there.
+        recipe_from: a model onnxq wrote: its recipe, target and precision, with `rules` and
+            `changes` on top. Nothing measured is taken from it: static scales need data again.
         announce: is told the recipe, and why it was chosen, before anything that takes long.
 
     Raises:
@@ -95,11 +102,15 @@ def quantize(
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
+    if recipe_from is not None:
+        recipe, target, precision = _recalled(Path(recipe_from), recipe)
     chosen, reason = choose_recipe(
         recipe, target, rules, calibrator, changes, has_ranges=data.given or bool(load_calib)
     )
+    if recipe_from is not None:
+        reason = f"as {Path(recipe_from).name} was made"
     destination = _destination(source, output, chosen.name)
-    _refuse_missing_data(chosen, data, load_calib)
+    _refuse_missing_data(chosen, data, load_calib, recipe_from)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
     announce(report.title)
 
@@ -148,14 +159,16 @@ def quantize(
             )
             placement = settle(placement, ranges)
             sites = [decision.site for decision in placement.quantized]
-            solver = Solver(chosen.steps, inputs, sites, unfinished) if inputs is not None else None
+            solver = None
+            if inputs is not None:
+                solver = Solver(chosen.steps, inputs, sites, unfinished, chosen.pattern)
             report.edits += apply_placement(graph, placement, ranges, progress, solver)
         if solver is not None:
             report.edits += solver.edits()
             report.facts["rounding"] = solver.facts()
         if unfinished.found:
             report.notes.append(f"{unfinished.found} parts were finished by a run that was stopped")
-        record.stamp(graph, chosen, target, precision, digest)
+        record.stamp(graph, chosen, target, precision, digest, report.edits)
         report.facts.update(calibration=digest)
         return _saved(graph, destination, placement, report, started, progress)
 
@@ -476,12 +489,24 @@ def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
     return path
 
 
-def _refuse_missing_data(recipe: Recipe, data: Data, tables: Sequence[PathLike]) -> None:
+def _recalled(path: Path, recipe: str | Recipe | None) -> tuple[Recipe, str, Precision]:
+    """What a model onnxq wrote was made by."""
+    if recipe is not None:
+        raise OnnxqError("a recipe and a model to take one from", "give one of them")
+    found, target, precision = record.recall(path)
+    check_choice(str(path), "precision", precision, get_args(Precision))
+    return found, target, cast(Precision, precision)
+
+
+def _refuse_missing_data(
+    recipe: Recipe, data: Data, tables: Sequence[PathLike], source: PathLike | None
+) -> None:
     if recipe.needs_data and not data.given and not tables:
         what = "static scales" if recipe.needs_ranges else "steps that look at its layers' inputs"
         others = ", ".join(n for n, r in presets().items() if not r.needs_data)
+        carried = f"; what was measured for {source} is not carried over" if source else ""
         raise OnnxqError(
-            f"recipe {recipe.name} has {what} and needs calibration data",
+            f"recipe {recipe.name} has {what} and needs calibration data{carried}",
             f"give --calib data.npz or --text with --tokenizer; or use a recipe that needs none "
             f"({others}); or --random-calib for a trial with random data",
         )

@@ -194,6 +194,11 @@ _RULES = click.option(
     is_flag=True,
     help="Keep finished layers beside the output, and go on from those of a run that was stopped.",
 )
+@click.option(
+    "--recipe-from",
+    type=click.Path(path_type=Path),
+    help="Do what was done to this model of onnxq's; static scales need data again.",
+)
 @click.option("--requantize", is_flag=True, help="Take out the quantization MODEL has, then go on.")
 @_REPORT
 @click.pass_obj
@@ -209,6 +214,59 @@ def quantize(
     result = api.quantize(
         model,
         calib=data if data.given else None,
+        memory=parse_size(memory),
+        announce=_say,
+        progress=progress,
+        **options,
+    )
+    _finish(progress, result, quantized_lines(result), report)
+
+
+@main.command()
+@_MODEL
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="[default: <model>.sparse24.onnx beside the model]",
+)
+@click.option("--pattern", metavar="N:M|SHARE", help="N of each M weights stay.  [default: 2:4]")
+@click.option(
+    "--method",
+    type=click.Choice(["magnitude", "wanda", "sparsegpt"]),
+    help="Magnitude needs no data.  [default: sparsegpt with data, else magnitude]",
+)
+@click.option("--least-squares", is_flag=True, help="Fit the weights that stay to the outputs.")
+@click.option("--sequential", is_flag=True, help="Layer by layer, behind those pruned already.")
+@_data_options("--calib", "Calibration data")
+@_RULES
+@click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
+@click.option("--check", is_flag=True, help="Prove the zeros of MODEL instead; exit 1 if any miss.")
+@_REPORT
+@click.pass_obj
+def prune(
+    progress: Any,
+    /,
+    model: Path,
+    pattern: str | None,
+    memory: str | None,
+    check: bool,
+    report: Path | None,
+    **options: Any,
+) -> None:
+    """Write a copy of MODEL with zeros in its weights, which keep their type."""
+    from onnxq import api
+    from onnxq.terminal import checked_lines, parse_size, quantized_lines
+
+    data = _data(options)
+    if check:
+        found = api.check_zeros(model, pattern=pattern, progress=progress)
+        _finish(progress, found, checked_lines(found), report)
+        return
+    result = api.prune(
+        model,
+        pattern=pattern or api.DEFAULT_PATTERN,
+        calib=data,
         memory=parse_size(memory),
         announce=_say,
         progress=progress,

@@ -115,6 +115,8 @@ def _with_roles(
 
 
 def _refuse_target(recipe: Recipe, target: Target) -> None:
+    if not recipe.quantizes:
+        return
     for fmt in (recipe.weight_format, recipe.activation_format):
         if fmt is not None and not target.runs(fmt.name):
             raise OnnxqError(
@@ -146,7 +148,9 @@ def _decide(site: Site, context: Context) -> Decision:
 
 
 def _said(site: Site, recipe: Recipe) -> str:
-    """What is done with a site that is quantized."""
+    """What is done with a site that is quantized, or pruned."""
+    if not recipe.quantizes:
+        return f"{recipe.sparsity} along its inputs, weights in their type"
     how = "scales computed per sample" if site.kind == "conv" else "scales computed per token"
     if recipe.needs_ranges:
         how = f"{recipe.calibrator} range"

@@ -9,7 +9,7 @@ from onnxq.formats import QuantFormat
 from onnxq.graph.model import Model
 from onnxq.graph.query import constant_operand, known_shapes
 from onnxq.recipe import Recipe
-from onnxq.schemes import LEAST_BLOCK, granularity, output_axis, summed_axis
+from onnxq.schemes import LEAST_BLOCK, granularity, output_axis, pruned_axis, summed_axis
 from onnxq.sites import Site
 
 
@@ -24,8 +24,10 @@ class Context:
 
 
 def _not_a_candidate(site: Site, context: Context) -> str:
-    if site.kind == "attention":
+    if site.kind == "attention" and context.recipe.quantizes:
         return "" if context.recipe.attention else "attention is left by the recipe"
+    if site.kind in ("attention", "product") and not context.recipe.quantizes:
+        return "it multiplies two computed operands"
     if site.kind == "product":
         return "both operands are computed, and it is no attention"
     if site.node.op not in context.recipe.ops:
@@ -64,6 +66,8 @@ def _odd_operands(site: Site, context: Context) -> str:
 def _unfit(site: Site, context: Context) -> str:
     """What keeps a format from a layer that another might have."""
     recipe = context.recipe
+    if not recipe.quantizes:
+        return _unpruned(site, recipe)
     if site.operand is None or (context.fmt is not None and not recipe.block):
         return ""
     if site.kind == "conv":
@@ -81,13 +85,19 @@ def _unfit(site: Site, context: Context) -> str:
     return ""
 
 
+def _unpruned(site: Site, recipe: Recipe) -> str:
+    if site.operand is None or recipe.pattern is None:
+        return ""
+    return recipe.pattern.obstacle(site.operand.shape[pruned_axis(site)])
+
+
 def _thin(site: Site, context: Context) -> str:
     """By the weight's shape alone: the rows of the activation never count.
 
     tensorrt-rtx 1.7.1 pads what is thinner and multiplies it in 8 bits; TensorRT's documentation
     promises fast kernels from 16 on.
     """
-    if site.operand is None:
+    if site.operand is None or not context.recipe.quantizes:
         return ""
     if site.kind == "linear":
         k, n = site.operand.shape

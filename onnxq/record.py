@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxq
-from onnxq.recipe import Recipe
+from onnxq.errors import OnnxqError
+from onnxq.recipe import Recipe, from_dict
+from onnxq.report import Edit
 
 if TYPE_CHECKING:
     from onnxq.graph.model import Model
@@ -16,13 +21,22 @@ KEY = "onnxq"
 
 
 def stamp(
-    model: Model, recipe: Recipe, target: str, precision: str, calibration: str | None
+    model: Model,
+    recipe: Recipe,
+    target: str,
+    precision: str,
+    calibration: str | None,
+    edits: Iterable[Edit] = (),
 ) -> None:
     """Record a run; nothing in it depends on when or where it ran.
 
     Args:
         calibration: digest of the calibration table, None without one.
+        edits: all of them; those alike but for their target are kept together.
     """
+    kept: dict[tuple[str, str, str], list[str]] = {}
+    for edit in edits:
+        kept.setdefault((edit.step, edit.verb, edit.reason), []).append(edit.target)
     content = {
         "version": onnxq.__version__,
         "recipe": recipe.as_dict(),
@@ -30,9 +44,52 @@ def stamp(
         "precision": precision,
         "source": model.fingerprint,
         "calibration": calibration,
+        "recipe_digest": _digest(recipe),
+        "edits": [
+            {"step": step, "verb": verb, "reason": reason, "targets": targets}
+            for (step, verb, reason), targets in kept.items()
+        ],
     }
     entry = model.header.metadata_props.add()
     entry.key, entry.value = KEY, json.dumps(content, sort_keys=True)
+
+
+def recall(path: Path) -> tuple[Recipe, str, str]:
+    """The recipe, target and precision of the run that wrote a model.
+
+    Raises:
+        OnnxqError: no run of onnxq wrote it.
+    """
+    from onnxq.graph.model import Model
+
+    content = read(Model.load(path))
+    if content is None:
+        raise OnnxqError(
+            f"{path} holds no record of onnxq", "name a model that onnxq wrote, or use --recipe"
+        )
+    try:
+        recipe = from_dict(content["recipe"], str(path))
+        return recipe, str(content["target"]), str(content["precision"])
+    except KeyError as error:
+        raise OnnxqError(f"{path}: its record has no {error}", "use --recipe") from None
+
+
+def _digest(recipe: Recipe) -> str:
+    """SHA-256 of what a recipe does, whatever it is called."""
+    content = {k: v for k, v in recipe.as_dict().items() if k not in ("name", "description")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def pruned(content: Mapping[str, Any]) -> frozenset[str] | None:
+    """The nodes whose weights a recorded run pruned; None where it pruned nothing."""
+    recipe, edits = content.get("recipe"), content.get("edits")
+    if not isinstance(recipe, dict) or not recipe.get("sparsity") or not isinstance(edits, list):
+        return None
+    found: dict[tuple[str, str], set[str]] = {}
+    for e in edits:
+        found.setdefault((e["step"], e["verb"]), set()).update(e["targets"])
+    done = found.get(("emit", "quantize"), set()) | found.get(("emit", "prune"), set())
+    return frozenset(done - found.get(("sparsify", "leave"), set()))
 
 
 def erase(model: Model) -> None:

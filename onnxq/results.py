@@ -79,6 +79,11 @@ class Linted(Result):
 
 
 @dataclass
+class Checked(Result):
+    """Of `check_zeros`."""
+
+
+@dataclass
 class Recommended(Result):
     """Of `recommend`."""
 

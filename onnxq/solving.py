@@ -1,38 +1,42 @@
-"""Second-order rounding: the steps of a recipe on one weight, kept only where they help.
+"""Second-order methods: the steps of a recipe on one weight, kept only where they help.
 
 Each weight is first rounded to nearest, then by every step asked for; what is stored is the
 candidate with the least output error tr(E^T H E) on the calibration data, and the error before and
 after is recorded. Codes wait in a temporary file until the model is written.
+
+Where zeros are asked for, the first candidate is the pruned weight, rounded to nearest; none is
+without them. Zeros that a weight comes with stay, if they are too many to be chance.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from onnxq import numerics
-from onnxq.algorithms import STEPS
 from onnxq.algorithms.descent import descend
-from onnxq.algorithms.gptq import DAMP, Sweep
+from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.search import search_scales
-from onnxq.algorithms.target import corrected_target
+from onnxq.algorithms.sparsegpt import sparsegpt_rounded
+from onnxq.drafts import Drafts
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
+from onnxq.graph.dtypes import numpy_dtype
+from onnxq.graph.weights import constant_type
 from onnxq.inputs import Inputs, Moments
 from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
 from onnxq.schemes import summed_axis
 from onnxq.sites import Site
+from onnxq.sparsity import Pattern
+from onnxq.store import Store
 from onnxq.threads import Once, in_order
 from onnxq.unfinished import Unfinished
 
@@ -70,6 +74,7 @@ class Solver:
     Args:
         sites: in graph order: what is said of them comes in this one.
         unfinished: where finished layers wait for a run that goes on after this one.
+        pattern: of the zeros that a step puts in.
     """
 
     def __init__(
@@ -78,14 +83,17 @@ class Solver:
         inputs: Inputs,
         sites: Sequence[Site],
         unfinished: Unfinished | None = None,
+        pattern: Pattern | None = None,
     ) -> None:
-        self.steps, self.ahead = steps, inputs.independent
+        self.steps, self.ahead, self.pattern = steps, inputs.independent, pattern
         self._inputs, self._sites = inputs, sites
         self._unfinished = unfinished or Unfinished()
-        self._nearest, self._store = Nearest(), _Store()
+        self._nearest, self._store = Nearest(), Store()
         self._said: dict[int, Solved | Edit] = {}
+        self._unpruned: dict[int, Edit] = {}
         self._known: dict[tuple[Any, ...], Once[Rounded]] = {}
-        self._sweeps: WeakKeyDictionary[Moments, Once[Sweep]] = WeakKeyDictionary()
+        self._pruned: dict[tuple[Any, ...], Once[Callable[[], Array]]] = {}
+        self._drafts = Drafts(steps, pattern)
         self._lock = Lock()
 
     def __call__(self, jobs: Sequence[tuple[Site, QuantScheme]]) -> list[Rounded]:
@@ -104,22 +112,22 @@ class Solver:
         if site.kind != "linear" or not scheme.format.symmetric:
             why = "it is no linear layer" if scheme.format.symmetric else "it has zero points"
             reason = f"{why}: no second-order method"
-            self._said[id(site)] = Edit("round", "nearest", site.name, reason)
+            self._said[id(site.node)] = Edit("round", "nearest", site.name, reason)
             return self._nearest.one(site, scheme)
-        assert site.operand is not None
-        across = summed_axis(site) == 1
-        values = site.operand.load().astype(np.float32)
-        finite_peaks(site, values, PerTensor())
-        W, inner = (values.T, scheme.transposed()) if across else (values, scheme)
+        W, across = _matrix(site)
+        inner = scheme.transposed() if across else scheme
+        obstacle = "" if self.pattern is None else self.pattern.obstacle(len(W))
+        if obstacle:
+            self._unpruned[id(site.node)] = Edit("sparsify", "leave", site.name, obstacle)
         if scheme.format.two_level:
             largest = float(np.abs(W).max(initial=0))
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
         found = self._unfinished.arrays(
             f"layer {self._place(site)} {site.weight_name} {inner}",
-            lambda: self._solve(site, np.ascontiguousarray(W), inner).arrays(),
+            lambda: self._solve(site, W, inner).arrays(),
         )
         solution = _Solution.of(found, inner)
-        self._said[id(site)] = solution.solved
+        self._said[id(site.node)] = solution.solved
         stored = solution.values(inner)
         self._inputs.rounded(site, stored.T if across else stored)
         codes, scale = solution.codes, solution.scale
@@ -131,8 +139,37 @@ class Solver:
             (lambda: unit) if scheme.format.two_level else None,
         )
 
+    def pruned(self, site: Site) -> Callable[[], Array] | None:
+        """The weight with zeros, not rounded, in its own type; None where no step can be done."""
+        if site.kind != "linear":
+            return None
+        assert site.operand is not None
+        key = (id(site.operand.constant), site.operand.permutation)
+        with self._lock:
+            once = self._pruned.setdefault(key, Once(partial(self._with_zeros, site)))
+        return once()
+
+    def _with_zeros(self, site: Site) -> Callable[[], Array]:
+        assert site.operand is not None
+        W, across = _matrix(site)
+
+        def found() -> dict[str, Array]:
+            moments = self._inputs.of(site)
+            *_, draft = self._drafts.of(W, moments)
+            power = float(output_errors(W, moments.full).sum()) or 1.0
+            error = _output_error(W, draft.values, moments) / power
+            solved = Solved(site.name, {draft.name: error}, draft.name)
+            return _Solution(draft.values.astype(np.float32), np.ones(()), solved).arrays()
+
+        kept = self._unfinished.arrays(f"zeros {self._place(site)} {site.weight_name}", found)
+        self._said[id(site.node)] = Solved(**json.loads(kept["about"].tobytes()))
+        values = kept["codes"].view(np.float32)
+        values = values.T if across else values
+        self._inputs.rounded(site, values)
+        return self._store.put(values.astype(numpy_dtype(constant_type(site.operand.constant))))
+
     def _place(self, site: Site) -> int:
-        return next(i for i, other in enumerate(self._sites) if other is site)
+        return next(i for i, other in enumerate(self._sites) if other.node is site.node)
 
     def _solve(self, site: Site, W: Array, scheme: QuantScheme) -> _Solution:
         moments = self._inputs.of(site)
@@ -153,38 +190,31 @@ class Solver:
         self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
     ) -> Iterator[_Candidate]:
         """Rounding to nearest, then what each step makes with those before it."""
-        fmt, H, done = scheme.format, moments.rounded, []
-        peak = numerics.peaks(W, scheme.granularity)
-        scale = _scales(site, peak, scheme)
-        step = numerics.steps(scale, scheme, W.shape)
-        grid = numerics.nearest(W / step, fmt)
-        yield _Candidate("nearest", grid, scale)
+        fmt, H = scheme.format, moments.rounded
+        for draft in self._drafts.of(W, moments):
+            peak = numerics.peaks(draft.values, scheme.granularity)
+            scale = _scales(site, peak, scheme)
+            step = numerics.steps(scale, scheme, W.shape)
+            grid = numerics.nearest(draft.values / step, fmt)
+            yield _Candidate(draft.name or "nearest", grid, scale)
+        done, keep = [draft.name] if draft.name else [], draft.keep
         for name in self.steps:
-            if name == "sequential":
-                if moments.cross is moments.full:
-                    continue  # nothing before it is rounded
-                W = corrected_target(W, H, moments.cross)
-                peak = numerics.peaks(W, scheme.granularity)
-                scale = _scales(site, peak, scheme)
-            elif name == "search":
-                scale = search_scales(W, np.diag(H), peak, scheme)
-            if STEPS[name][0] == "rescale":
-                continue  # the weight has been, before
-            if STEPS[name][0] in ("target", "scale"):
+            if name == "search":
+                scale = search_scales(draft.values, np.diag(H), peak, scheme)
                 step = numerics.steps(scale, scheme, W.shape)
-                grid = numerics.nearest(W / step, fmt)
+                grid = numerics.nearest(draft.values / step, fmt)
+            elif name == "gptq" and draft.joint:
+                assert self.pattern is not None
+                sweep = self._drafts.sweep_of(moments)
+                grid, keep = sparsegpt_rounded(sweep, draft.target, self.pattern, step, fmt)
             elif name == "gptq":
-                grid = self._sweep_of(moments).round(W, step, fmt)
+                grid = self._drafts.sweep_of(moments).round(draft.values, step, fmt, keep)
+            elif name == "descent":
+                grid = descend(grid, draft.target, step, damped(H, DAMP), fmt, keep=keep)
             else:
-                grid = descend(grid, W, step, damped(H, DAMP), fmt)
+                continue  # it has been done, before
             done.append(name)
             yield _Candidate("+".join(done), grid, scale)
-
-    def _sweep_of(self, moments: Moments) -> Sweep:
-        """Layers that read one tensor share its factor."""
-        with self._lock:
-            once = self._sweeps.setdefault(moments, Once(partial(Sweep, moments.rounded)))
-        return once()
 
     def facts(self) -> dict[str, Any]:
         """The figures for the report."""
@@ -199,8 +229,9 @@ class Solver:
 
     def edits(self) -> list[Edit]:
         """One a weight, in graph order."""
-        said = [self._said[id(site)] for site in self._sites if id(site) in self._said]
-        return [s.edit() if isinstance(s, Solved) else s for s in said]
+        said = [self._said[id(s.node)] for s in self._sites if id(s.node) in self._said]
+        left = [self._unpruned[id(s.node)] for s in self._sites if id(s.node) in self._unpruned]
+        return left + [s.edit() if isinstance(s, Solved) else s for s in said]
 
 
 @dataclass(frozen=True)
@@ -248,34 +279,6 @@ def _output_error(W: Array, values: Array, moments: Moments) -> float:
     return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, values, dtype=np.float64))
 
 
-class _Store:
-    """Arrays in a nameless temporary file, each read back when it is asked for."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
-
-    def put(self, values: Array) -> Callable[[], Array]:
-        shape, dtype = values.shape, values.dtype
-        try:
-            with self._lock:
-                start = self._file.seek(0, 2)
-                self._file.write(values.tobytes())
-                self._file.flush()
-        except OSError as error:
-            raise OnnxqError(
-                f"cannot keep rounded weights in {tempfile.gettempdir()}: {error}",
-                "set TMPDIR to a folder with more space",
-            ) from error
-
-        def get() -> Array:
-            size = int(np.prod(shape)) * dtype.itemsize
-            read = os.pread(self._file.fileno(), size, start)  # from any thread
-            return np.frombuffer(read, dtype).reshape(shape)
-
-        return get
-
-
 def _scales(site: Site, peak: Array, scheme: QuantScheme) -> Array:
     try:
         return numerics.scales_for(peak, scheme)
@@ -284,3 +287,11 @@ def _scales(site: Site, peak: Array, scheme: QuantScheme) -> Array:
             f"weight {site.weight_name!r} of {site.name!r}: {error}",
             f"leave the layer: --rule 'leave weight={site.weight_name}'",
         ) from None
+
+
+def _matrix(site: Site) -> tuple[Array, bool]:
+    """W [K, N] in float32, and whether the node sees its transpose."""
+    assert site.operand is not None
+    values, across = site.operand.load().astype(np.float32), summed_axis(site) == 1
+    finite_peaks(site, values, PerTensor())
+    return np.ascontiguousarray(values.T if across else values), across

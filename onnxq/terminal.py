@@ -12,13 +12,14 @@ from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
     from onnxq.linting.finding import Finding
-    from onnxq.results import Built, Compared, Inspected, Linted, Quantized, Recommended
+    from onnxq.results import Built, Checked, Compared, Inspected, Linted, Quantized, Recommended
 
 _QUIET_FIRST = 2.0
 _EVERY = 0.2
 _PLAIN_EVERY = 15.0
 _SHOWN = 8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_FIGURES = re.compile(r"-?\d+\.\d+")
 _KINDS = {
     "linear": "linear layers",
     "conv": "convolutions",
@@ -109,13 +110,28 @@ def megabytes(size: float) -> str:
 def quantized_lines(result: Quantized) -> list[str]:
     """What `quantize` did, but for the recipe, which was announced before."""
     facts = result.report.facts
-    lines = [*_site_lines(facts["sites"]), *_step_lines(facts), *_precision_lines(result)]
+    recipe = facts["recipe"]
+    done = "pruned" if recipe["weights"] == "none" else "quantized"
+    lines = [*_site_lines(facts["sites"], done), *_step_lines(facts), *_precision_lines(result)]
+    if recipe["sparsity"]:
+        lines += _zero_lines(result, recipe["sparsity"])
     before, after = facts["bytes_before"], facts["bytes_after"]
     lines.append(
         f"wrote {facts['output']}: {megabytes(after)}, {after / before:.2f} x of "
         f"{megabytes(before)}, in {facts['seconds']:.1f} s"
     )
     return lines + _notes(result.report.notes)
+
+
+def _zero_lines(result: Quantized, pattern: str) -> Iterable[str]:
+    """What was not pruned as asked, by reason."""
+    counts: dict[str, int] = {}
+    for edit in result.report.edits:
+        if edit.step == "sparsify":
+            how = "not pruned" if edit.verb == "leave" else f"pruned by {edit.verb}"
+            counts[f"{how}: {edit.reason}"] = counts.get(f"{how}: {edit.reason}", 0) + 1
+    for said, count in sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN]:
+        yield f"    {pattern}: {count} {said}"
 
 
 def recipe_lines() -> list[str]:
@@ -156,7 +172,9 @@ def _step_lines(facts: dict[str, Any]) -> list[str]:
 def inspected_lines(result: Inspected) -> list[str]:
     """What a recipe would do, site by site; or the record in a model onnxq wrote."""
     if result.placement is None:
-        return [result.report.title, *_flat(result.report.facts)]
+        facts = dict(result.report.facts)
+        edits = facts.pop("edits", [])
+        return [result.report.title, *_flat(facts), *_edit_lines(edits)]
     facts = result.report.facts
     return [
         result.report.title,
@@ -164,6 +182,18 @@ def inspected_lines(result: Inspected) -> list[str]:
         *_site_lines(facts["sites"]),
         *_notes(result.report.notes),
     ]
+
+
+def _edit_lines(edits: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """Recorded edits: those alike on one line, with the first of their targets."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for e in edits:
+        reason = _FIGURES.sub("N", e["reason"]) if e["step"] == "round" else e["reason"]
+        groups.setdefault((e["step"], e["verb"], reason), []).extend(e["targets"])
+    for (step, verb, reason), targets in groups.items():
+        more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
+        why = f": {reason}" if reason else ""
+        yield f"  {step} {verb} {targets[0]}{more}{why}"
 
 
 def recommended_lines(result: Recommended) -> list[str]:
@@ -244,11 +274,30 @@ def built_lines(result: Built) -> list[str]:
     return lines + _notes(dict.fromkeys(result.report.notes))
 
 
-def _site_lines(sites: dict[str, Any]) -> Iterable[str]:
+def checked_lines(result: Checked) -> list[str]:
+    """How many weights have the pattern, by form; and those that have not, with the reason."""
+    facts = result.report.facts
+    rows, forms = facts["weights"], dict[str, list[bool]]()
+    for row in rows:
+        forms.setdefault(row["stored"], []).append(row["holds"])
+    lines = [result.report.title]
+    lines += [f"  {sum(held)} of {len(held)} in {form}" for form, held in forms.items()]
+    rest = [row for row in rows if not row["holds"]]
+    for row in sorted(rest, key=lambda row: not row["must"])[:_SHOWN]:
+        word = "MISSING" if row["must"] else "left"
+        lines.append(f"    {word} {row['node']}: {row['reason']} ({row['zeros']:.1%} zeros)")
+    if len(rest) > _SHOWN:
+        lines.append(f"    {len(rest) - _SHOWN} more (in the report)")
+    if not any(row["holds"] for row in rows):
+        lines.append("  no weight has it")
+    return lines + _notes(result.report.notes)
+
+
+def _site_lines(sites: dict[str, Any], done: str = "quantized") -> Iterable[str]:
     for kind, name in _KINDS.items():
-        if kind in sites:
+        if kind in sites and (done == "quantized" or sites[kind]["quantized"]):
             entry = sites[kind]
-            yield f"  {entry['quantized']} of {entry['sites']} {name} quantized"
+            yield f"  {entry['quantized']} of {entry['sites']} {name} {done}"
     reasons = sorted(sites["left"].items(), key=lambda item: -item[1])
     for reason, count in reasons[:_SHOWN]:
         yield f"    left {count}: {reason}"

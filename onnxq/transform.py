@@ -25,10 +25,12 @@ from onnxq.graph.query import ConstantOperand
 from onnxq.graph.weights import array
 from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
+from onnxq.pruning import prune, thinned
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
 from onnxq.rounding import Rounding
 from onnxq.sites import is_current
+from onnxq.solving import Solver
 from onnxq.threads import in_order
 
 SOFTMAX_PEAK = 1.0
@@ -139,7 +141,7 @@ def apply_placement(
     progress: Progress = silent,
     rounding: Rounding | None = None,
 ) -> list[Edit]:
-    """Emit the Q/DQ of every quantized site; returns one Edit a site.
+    """Emit the Q/DQ of every quantized site, or prune it; returns one Edit a site at least.
 
     Args:
         placement: of `settle`.
@@ -153,8 +155,28 @@ def apply_placement(
     if stale:
         raise AssertionError(f"{stale[0]!r} was rescaled: take Placement.current() first")
     editor = Editor(model)
+    solver = rounding if isinstance(rounding, Solver) else None
+    if placement.recipe.quantizes:
+        placement, edits = thinned(placement, solver)
+        _quantize(editor, placement, ranges, progress, rounding)
+    else:
+        edits = prune(editor, placement, solver, progress)
+    done = "quantize" if placement.recipe.quantizes else "prune"
+    for decision in placement.decisions:
+        verb = done if decision.quantized else "leave"
+        edits.append(Edit("emit", verb, decision.site.name, decision.reason))
+    editor.finish()
+    return edits
+
+
+def _quantize(
+    editor: Editor,
+    placement: Placement,
+    ranges: Ranges | None,
+    progress: Progress,
+    rounding: Rounding | None,
+) -> None:
     emitter, coder = Emitter(editor), Coder(placement.recipe, rounding)
-    edits = []
     done, total = 0, len(placement.quantized)
     groups = _groups(placement)
     for group, coded in zip(groups, _coded(coder, groups), strict=True):
@@ -166,11 +188,6 @@ def apply_placement(
             _quantize_layers(emitter, coder, group, coded, ranges)
         done += len(group)
         progress("quantizing", done, total)
-    for decision in placement.decisions:
-        verb = "quantize" if decision.quantized else "leave"
-        edits.append(Edit("emit", verb, decision.site.name, decision.reason))
-    editor.finish()
-    return edits
 
 
 def _groups(placement: Placement) -> list[list[Site]]:

@@ -13,7 +13,7 @@ import pytest
 from core_graphs import Net, recipe, run, snr
 
 import onnxq
-from onnxq import solving
+from onnxq.algorithms import gptq
 from onnxq.errors import OnnxqError
 from onnxq.recipe import Recipe, from_dict
 
@@ -113,10 +113,10 @@ def _dequantized(path: Path) -> np.ndarray:
 def test_a_step_that_does_not_help_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(self: Any, weight: np.ndarray, step: np.ndarray, fmt: Any) -> np.ndarray:
+    def spoiled(self: Any, weight: np.ndarray, *_: Any) -> np.ndarray:
         return np.zeros_like(weight)
 
-    monkeypatch.setattr(solving.Sweep, "round", spoiled)
+    monkeypatch.setattr(gptq.Sweep, "round", spoiled)
     source, (calib, _) = _linear(tmp_path), _data(tmp_path)
     done = onnxq.quantize(
         source, tmp_path / "m.onnx", recipe=_with("int4-rtn", "gptq"), calib=calib

@@ -21,7 +21,13 @@ _LAZY = 64  # inputs whose changes reach all others in one matrix product
 
 
 def descend(
-    grid: Matrix, W: Matrix, step: Matrix, H: Matrix, fmt: QuantFormat, passes: int = 2
+    grid: Matrix,
+    W: Matrix,
+    step: Matrix,
+    H: Matrix,
+    fmt: QuantFormat,
+    passes: int = 2,
+    keep: Matrix | None = None,
 ) -> NDArray[np.float32]:
     """Values of the format, in units of a step, of no larger f than `grid`: [K, N].
 
@@ -29,6 +35,7 @@ def descend(
         grid: where to start [K, N].
         step: what a code is worth: [K, N], or [1, N], or a scalar.
         H: [K, K]; inputs whose H_kk is 0 are left as they are.
+        keep: the weights that may be other than zero [K, N]; None: all.
     """
     K, grid = W.shape[0], np.array(grid, np.float32)
     wide = np.broadcast_to(step, W.shape)
@@ -45,6 +52,8 @@ def descend(
                     continue
                 wanted = grid[k] - own[k - low] / (diagonal[k] * wide[k])
                 found = numerics.nearest(wanted, fmt)
+                if keep is not None:
+                    found = np.where(keep[k], found, 0)
                 moved[k - low] = (found - grid[k]) * wide[k]
                 grid[k] = found
                 own += np.outer(near[:, k - low], moved[k - low])

@@ -207,7 +207,7 @@ def rescale(editor: Editor, node: gs.Node, index: int, factor: Factors) -> str:
     if reason or operand is None:
         raise OnnxqError(f"{reason}: it cannot be rescaled", "rescale before weights are quantized")
     shape = np.broadcast_shapes(operand.shape, factor.shape)
-    own = _is_own(editor.model, node, index, operand)
+    own = is_own(editor.model, node, index, operand)
     if not own or shape != operand.shape:
         scaling = Scaling.of(operand.constant).transposed(operand.permutation).times(factor)
         onnx_type = type_number(node.inputs[index]) or constant_type(operand.constant)
@@ -237,7 +237,7 @@ def _constant(name: str, onnx_type: int, scaling: Scaling) -> gs.Constant:
     return gs.Constant(name, values)
 
 
-def _is_own(model: Model, node: gs.Node, index: int, operand: ConstantOperand) -> bool:
+def is_own(model: Model, node: gs.Node, index: int, operand: ConstantOperand) -> bool:
     """Whether nothing but this input reads the constant, or any node on the way to it."""
     kept = model.captured_names() | {t.name for t in model.graph.outputs}
     tensors = [operand.constant, *(t for n in operand.through for t in n.outputs)]
