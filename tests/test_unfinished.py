@@ -14,8 +14,7 @@ import pytest
 from core_graphs import Net, recipe
 
 import onnxq
-from onnxq import solving
-from onnxq.algorithms import awq
+from onnxq.algorithms import awq, gptq
 from onnxq.errors import OnnxqError
 from onnxq.files import take
 from onnxq.threads import Once, in_order
@@ -62,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often GPTQ has run, and after how many runs Ctrl-C is pressed: [0, 0]."""
     counts = [0, -1]
-    plain = solving.Sweep.round
+    plain = gptq.Sweep.round
 
     def counted(self: Any, *arguments: Any) -> Any:
         if counts[0] == counts[1]:
@@ -70,7 +69,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts[0] += 1
         return plain(self, *arguments)
 
-    monkeypatch.setattr(solving.Sweep, "round", counted)
+    monkeypatch.setattr(gptq.Sweep, "round", counted)
     return counts
 
 
