@@ -76,7 +76,7 @@ class Staged:
         self._next = index + 1
         known = self._known(stop)
         own, cross = (Gram(), Gram()), _Cross()
-        runs = self._passes(index)
+        runs, reached = self._passes(index), False
         # Both to their ends, where each lets go what nobody needs any more.
         for sample, values in enumerate(zip_longest(*runs)):
             for i, each in enumerate(values):
@@ -84,8 +84,9 @@ class Staged:
                     self._update(own[i], each, stop, sample)
             if len(values) > 1:
                 cross.update(values[1], values[0])
+                reached = reached or not np.array_equal(values[0], values[1])
         full = own[0].matrix if known is None else known
-        if len(runs) == 1:
+        if not reached:  # no layer rounded so far lies before this one
             return Moments(full, full, full)
         return Moments(full, own[1].matrix, cross.matrix)
 
