@@ -80,7 +80,8 @@ def quantize(
         rules: overrides such as `leave node=/fc1` (see `recipe.Rule`).
         changes: other fields of the recipe, such as `block_size=32` (see `recipe.Recipe`).
         calibrator: replaces the recipe's.
-        memory: bytes of watched activations held at a time.
+        memory: bytes that the process may take while it calibrates: a model that needs more is run
+            in segments. None: what the machine has.
         save_calib, load_calib: keep the calibration table; use saved ones instead of data.
         requantize: take out the quantization that the model has; else such a model is refused.
         resume: keep what is finished beside the output until that is written, and go on from
@@ -130,20 +131,28 @@ def quantize(
         else nullcontext(Unfinished())
     )
     with kept as unfinished:
-        table = _calibrate(
-            graph, placement, samples, load_calib, memory, device, progress, unfinished
-        )
+        measured = _Measured(destination, memory, device, progress, report)
+        table = _calibrate(graph, placement, samples, load_calib, measured, unfinished)
         if table is not None:
             report.notes += table.notes
             if save_calib is not None:
                 table.save(Path(save_calib))
         digest = table.digest if table is not None else None
         if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-            placement, table, edits = rescale(graph, placement, table, progress, samples, device)
+            placement, table, edits = rescale(
+                graph,
+                placement,
+                table,
+                progress,
+                samples,
+                device,
+                beside=destination,
+                memory=memory,
+            )
             report.edits += edits
             report.facts["rescaling"] = summary(edits)
             if chosen.needs_ranges:
-                table = _measured_again(graph, placement, table, samples, memory, device, progress)
+                table = _measured_again(graph, placement, table, samples, measured)
         ranges = activation_ranges(placement, table) if table is not None else None
         if chosen.keeps:
             placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
@@ -154,6 +163,8 @@ def quantize(
                 convert_io=io == "fp16",
                 samples=samples,
                 calibrated=table.peaks() if table else None,
+                beside=destination,
+                memory=memory,
                 device=device,
                 progress=progress,
             )
@@ -512,18 +523,44 @@ def _refuse_missing_data(
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Runs the model over samples within the memory, and reports how that went."""
+
+    destination: Path
+    memory: int | None
+    device: Device
+    progress: Progress
+    report: Report
+
+    def __call__(
+        self, graph: Model, watched: dict[str, str], samples: Samples, fingerprint: str = ""
+    ) -> CalibrationTable:
+        from onnxq.calibrate.within import calibrate_within
+
+        table, ran = calibrate_within(
+            graph,
+            watched,
+            samples,
+            beside=self.destination,
+            memory=self.memory,
+            fingerprint=fingerprint,
+            device=self.device,
+            progress=self.progress,
+        )
+        self.report.facts["calibrated"] = ran.as_dict()
+        return table
+
+
 def _calibrate(
     graph: Model,
     placement: Placement,
     samples: Samples | None,
     tables: Sequence[PathLike],
-    memory: int | None,
-    device: Device,
-    progress: Progress,
+    measured: _Measured,
     unfinished: Unfinished,
 ) -> CalibrationTable | None:
     """The statistics a static recipe needs: from saved tables, or from one pass over the data."""
-    from onnxq.calibrate.run import calibrate
     from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
@@ -532,16 +569,7 @@ def _calibrate(
     watched = watched_tensors(placement)
     if not tables:
         assert samples is not None  # `_refuse_missing_data` saw to it
-        run = partial(
-            calibrate,
-            graph.session_model,
-            watched,
-            samples,
-            fingerprint=graph.fingerprint,
-            memory=memory,
-            device=device,
-            progress=progress,
-        )
+        run = partial(measured, graph, watched, samples, graph.fingerprint)
         return unfinished.table(run, graph.fingerprint)
     table = load_table(Path(tables[0]), graph.fingerprint)
     for path in tables[1:]:
@@ -604,12 +632,9 @@ def _measured_again(
     placement: Placement,
     table: CalibrationTable,
     samples: Samples | None,
-    memory: int | None,
-    device: Device,
-    progress: Progress,
+    measured: _Measured,
 ) -> CalibrationTable:
     """The table with the ranges of the rescaled model in the place of the original's."""
-    from onnxq.calibrate.run import calibrate
     from onnxq.transform import watched_tensors
 
     if samples is None:
@@ -621,14 +646,7 @@ def _measured_again(
         tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram"))
         for tensor, names in watched_tensors(placement).items()
     }
-    again = calibrate(
-        graph.session_model,
-        {tensor: names for tensor, names in watched.items() if names},
-        samples,
-        memory=memory,
-        device=device,
-        progress=progress,
-    )
+    again = measured(graph, {tensor: names for tensor, names in watched.items() if names}, samples)
     tensors = table.statistics.keys() | again.statistics.keys()
     return dataclasses.replace(
         table,

@@ -24,6 +24,8 @@ def convert_base(
     convert_io: bool = False,
     samples: Samples | None = None,
     calibrated: Mapping[str, float] | None = None,
+    beside: Path | None = None,
+    memory: int | None = None,
     device: Device = "auto",
     progress: Progress = silent,
 ) -> list[Edit]:
@@ -34,11 +36,12 @@ def convert_base(
         samples: all measure the inputs' ranges, the largest every other tensor's; None: patterns
             and weights alone decide what stays FP32.
         calibrated: max |x| of some tensors over all samples.
+        beside: the file to be written; None: the model itself. In its folder waits what does not
+            fit into `memory` bytes, or what the machine has.
     """
-    from onnxq.calibrate.probe import measure_ranges
+    from onnxq.calibrate.within import ranges_within
     from onnxq.graph.casting import apply_precision
     from onnxq.graph.precision import BASES, plan_precision
-    from onnxq.graph.probe import range_probes
 
     if precision == "keep":
         return []
@@ -46,8 +49,14 @@ def convert_base(
         return [Edit("precision", "keep", model.path.name, "its layers are in 16 bits already")]
     ranges = dict(calibrated or {})
     if samples is not None and precision == "fp16":
-        probes = range_probes(model)
-        measured = measure_ranges(probes, samples.largest(), device=device, progress=progress)
+        measured = ranges_within(
+            model,
+            samples,
+            beside=beside or model.path,
+            memory=memory,
+            device=device,
+            progress=progress,
+        )
         for peaks in (measured, samples.peaks):
             ranges |= {name: max(peak, ranges.get(name, 0.0)) for name, peak in peaks.items()}
     plan = plan_precision(model, BASES[precision], ranges)
@@ -75,5 +84,6 @@ def write_fp16(
     model, _ = prepare(Model.load(source), 0)
     if in_16_bits(model):
         return None
-    convert_base(model, "fp16", samples=samples, device=device)
-    return save(model, folder / "fp16.onnx", external=True)[0]
+    path = folder / "fp16.onnx"
+    convert_base(model, "fp16", samples=samples, beside=path, device=device)
+    return save(model, path, external=True)[0]

@@ -181,7 +181,11 @@ _RULES = click.option(
 @click.option(
     "--snr", type=float, metavar="DB", help="The same, only until the outputs have DB decibels."
 )
-@click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What calibration may take, such as 8GB: a larger model runs in segments.",
+)
 @click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
 @click.option(
     "--load-calib",

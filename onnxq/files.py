@@ -26,7 +26,7 @@ from typing import Any
 from onnxq.errors import OnnxqError
 
 TEMPORARY_PREFIX = ".onnxq-"
-_SCRATCH_PREFIX = "onnxq-scratch-"
+_SCRATCH_PREFIX = "scratch-"
 _LONGEST_STEM = 128  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -107,6 +107,7 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     for stale in left_behind(target):
         with contextlib.suppress(OSError):
             stale.unlink()
+    _remove_stale_folders(target.parent, f"{TEMPORARY_PREFIX}{_SCRATCH_PREFIX}")
     with locked_beside(target) as path:
         try:
             yield path
@@ -137,20 +138,27 @@ def left_behind(target: Path, prefix: str = TEMPORARY_PREFIX) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder for what is needed meanwhile, in the system's folder for such; removed at the end.
+def scratch(beside: Path | None = None) -> Iterator[Path]:
+    """A folder for what is needed meanwhile, removed at the end.
 
     What killed runs of the same user left there goes first. That another is alive is told by a lock
     on the folder around it: outputs can be written into this one, which takes a lock of its own.
+
+    Args:
+        beside: a file, in whose folder it is; None: in the system's folder for such.
 
     Raises:
         OnnxqError: there is no such folder, or it is full.
     """
     hint = "free some, or set TMPDIR to a folder that has it"
+    parent, prefix = Path(tempfile.gettempdir()), f"onnxq-{_SCRATCH_PREFIX}"
+    if beside is not None:
+        hint = "free some, or write the output to another disk"
+        parent, prefix = beside.parent, f"{TEMPORARY_PREFIX}{_SCRATCH_PREFIX}"
     with contextlib.ExitStack() as stack:
         try:
-            _remove_stale_folders(Path(tempfile.gettempdir()))
-            folder = _create_folder(stack) / "files"
+            _remove_stale_folders(parent, prefix)
+            folder = _create_folder(stack, parent, prefix) / "files"
             folder.mkdir()
         except OSError as error:
             raise OnnxqError(f"no room for temporary files: {error}", hint) from error
@@ -159,7 +167,7 @@ def scratch() -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            message = f"no room for temporary files in {folder.parent.parent}: {error.strerror}"
+            message = f"no room for temporary files in {parent}: {error.strerror}"
             raise OnnxqError(message, hint) from error
 
 
@@ -261,10 +269,10 @@ def _create(folder: Path, stem: str) -> tuple[Path, int]:
         os.close(handle)  # taken for a killed run's, in the moment before it was locked
 
 
-def _create_folder(stack: contextlib.ExitStack) -> Path:
+def _create_folder(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path:
     """A new locked folder, which `stack` removes."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         # Until it is locked, another run may take it for a killed one's.
         with contextlib.suppress(FileNotFoundError):
@@ -275,8 +283,8 @@ def _create_folder(stack: contextlib.ExitStack) -> Path:
                 return folder
 
 
-def _remove_stale_folders(parent: Path) -> None:
-    for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
+def _remove_stale_folders(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +47,9 @@ def rescale(
     progress: Progress = silent,
     samples: Samples | None = None,
     device: Device = "auto",
+    *,
+    beside: Path | None = None,
+    memory: int | None = None,
 ) -> tuple[Placement, CalibrationTable, list[Edit]]:
     """Apply the rescale step of the placement's recipe, on the graph as it was calibrated.
 
@@ -52,6 +57,7 @@ def rescale(
         samples: what a model in 16 bits computes on the way to its layers is measured on the
             largest, so that no factor makes it overflow. (What is in FP32 is measured when it is
             converted.)
+        beside, memory: as `within.ranges_within` takes them.
 
     Returns:
         The placement of the weights as they are now; the table, whose Gram matrices have followed
@@ -63,7 +69,8 @@ def rescale(
     (name,) = names
     editor, edits = Editor(model), []
     groups = _groups(placement)
-    peaks = _peaks(model, groups, samples, device) if samples is not None else {}
+    run = partial(_peaks, beside=beside or model.path, memory=memory, device=device)
+    peaks = run(model, groups, samples) if samples is not None else {}
     for done, (tensor, sites) in enumerate(groups, 1):
         readers, explicit = [site.node for site in sites], placement.recipe.explicit
         fold = find_fold(model, tensor, readers, explicit=explicit and name == "smoothquant")
@@ -96,11 +103,16 @@ def _groups(placement: Placement) -> list[tuple[Tensor, list[Site]]]:
 
 
 def _peaks(
-    model: Model, groups: Sequence[tuple[Tensor, list[Site]]], samples: Samples, device: Device
+    model: Model,
+    groups: Sequence[tuple[Tensor, list[Site]]],
+    samples: Samples,
+    *,
+    beside: Path,
+    memory: int | None,
+    device: Device,
 ) -> dict[str, float]:
     """max |x| of the tensors that folds would divide, where the model computes in 16 bits."""
-    from onnxq.calibrate.probe import measure_ranges
-    from onnxq.graph.probe import range_probes
+    from onnxq.calibrate.within import ranges_within
 
     if not in_16_bits(model):
         return {}
@@ -108,7 +120,7 @@ def _peaks(
     divided = {t.name for fold in folds if isinstance(fold, Fold) for t, _ in fold.scaled}
     if not divided:
         return {}
-    return measure_ranges(range_probes(model, divided), samples.largest(), device=device)
+    return ranges_within(model, samples, only=divided, beside=beside, memory=memory, device=device)
 
 
 def _rescaled(

@@ -112,7 +112,8 @@ def quantized_lines(result: Quantized) -> list[str]:
     facts = result.report.facts
     recipe = facts["recipe"]
     done = "pruned" if recipe["weights"] == "none" else "quantized"
-    lines = [*_site_lines(facts["sites"], done), *_step_lines(facts), *_precision_lines(result)]
+    lines = [*_calibrated_lines(facts), *_site_lines(facts["sites"], done)]
+    lines += [*_step_lines(facts), *_precision_lines(result)]
     if recipe["sparsity"]:
         lines += _zero_lines(result, recipe["sparsity"])
     before, after = facts["bytes_before"], facts["bytes_after"]
@@ -132,6 +133,19 @@ def _zero_lines(result: Quantized, pattern: str) -> Iterable[str]:
             counts[f"{how}: {edit.reason}"] = counts.get(f"{how}: {edit.reason}", 0) + 1
     for said, count in sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN]:
         yield f"    {pattern}: {count} {said}"
+
+
+def _calibrated_lines(facts: dict[str, Any]) -> list[str]:
+    """How calibration kept within the memory, where that was asked for or needed."""
+    ran = facts.get("calibrated")
+    if not ran or (ran["segments"] == 1 and ran["memory"] is None):
+        return []
+    how = "in one piece"
+    if ran["segments"] > 1:
+        how = f"in {ran['segments']} segments, {megabytes(ran['spooled_bytes'])} through the disk"
+    if ran["cut_fusions"]:
+        how += f" ({ran['cut_fusions']} cuts where ONNX Runtime may fuse: last bits may differ)"
+    return [f"  calibrated {how}; at most {megabytes(ran['peak_rss'])} of memory"]
 
 
 def recipe_lines() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from onnxq.calibrate.data import Feed
 from onnxq.calibrate.session import Device, InputSpec, Session, open_session
 from onnxq.errors import OnnxqError
+from onnxq.memory import available_memory, resident_memory
 
 # Given tensor names: the serialized model with exactly these outputs, what they do not need cut
 # away, and the folder that its external weights are read from.
@@ -158,13 +158,5 @@ def _allowance() -> int:
     model of gigabytes from being run over once for every few tensors.
     """
     least = 1 << 30
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        free = next(
-            int(line.split()[1]) << 10
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable:")
-        )
-    except (OSError, StopIteration):  # not Linux
-        return least
-    return min(max(resident, least), free // 2)
+    resident, free = resident_memory(), available_memory()
+    return least if free is None else min(max(resident, least), free // 2)

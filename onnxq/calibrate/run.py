@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -58,33 +59,25 @@ def calibrate(
         OnnxqError: a tensor becomes NaN or infinite (which one, in which sample), the model does
             not load or run.
     """
-    collected = {tensor: make(names) for tensor, names in watched.items()}
     notes = list(samples.notes)
     opener = Opener(make_model, device, threads)
     groups = (
         plan(opener, list(watched), samples.largest(), memory, _held(watched)) if watched else []
     )
     done, total = 0, len(groups) * len(samples)
-    workers = threads or cores()
-    with ThreadPoolExecutor(workers) as pool:
+    with Collector(watched, threads) as collector:
         for group in groups:
             session = opener(group)
             notes += [note for note in session.notes if note not in notes]
             for step, feed in enumerate(samples):
                 label = samples.label(step)
-                values = fetch(session, group, feed, label)
-                _update(pool, workers, values, collected, label)
+                collector.update(fetch(session, group, feed, label), label)
                 done += 1
                 progress("calibrate", done, total)
             del session  # its memory goes before the next pass's comes
             if len(groups) > 1:
-                _park(collected[name] for name in group)
-    return CalibrationTable(
-        fingerprint=fingerprint,
-        statistics=collected,
-        data=(DataOrigin(samples.description, samples.digest, samples.count),),
-        notes=tuple(notes),
-    )
+                collector.park(group)
+        return collector.table(samples, fingerprint, notes)
 
 
 def _held(watched: Mapping[str, str]) -> Callable[[str, int], int]:
@@ -95,12 +88,47 @@ def _held(watched: Mapping[str, str]) -> Callable[[str, int], int]:
     )
 
 
-def _park(collected: Iterable[Mapping[str, Statistic]]) -> None:
-    """Several passes mean that memory is short: what is done waits on disk."""
-    for statistics in collected:
-        for statistic in statistics.values():
-            if isinstance(statistic, Gram):
-                statistic.park()
+class Collector:
+    """Statistics of tensors, updated by several threads; a context manager.
+
+    Args:
+        watched: {tensor: statistics}.
+    """
+
+    def __init__(self, watched: Mapping[str, str], threads: int | None = None) -> None:
+        self._collected = {tensor: make(names) for tensor, names in watched.items()}
+        self._workers = threads or cores()
+        self._pool = ThreadPoolExecutor(self._workers)
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+
+    def update(self, values: Iterator[tuple[str, NDArray[Any]]], label: str) -> None:
+        """Add one step's values.
+
+        Raises:
+            OnnxqError: of the first tensor in order that is not finite.
+        """
+        _update(self._pool, self._workers, values, self._collected, label)
+
+    def park(self, names: Iterable[str], folder: Path | None = None) -> None:
+        """Move what is large of some tensors' statistics, which are done, to disk."""
+        for name in names:
+            for statistic in self._collected[name].values():
+                if isinstance(statistic, Gram):
+                    statistic.park(folder)
+
+    def table(self, samples: Samples, fingerprint: str, notes: Iterable[str]) -> CalibrationTable:
+        """What was found."""
+        return CalibrationTable(
+            fingerprint=fingerprint,
+            statistics=self._collected,
+            data=(DataOrigin(samples.description, samples.digest, samples.count),),
+            notes=tuple(notes),
+        )
 
 
 def _update(
@@ -110,11 +138,7 @@ def _update(
     collected: Mapping[str, Mapping[str, Statistic]],
     label: str,
 ) -> None:
-    """Add one step's values to the statistics, several tensors at a time.
-
-    Raises:
-        OnnxqError: of the first tensor in order that is not finite.
-    """
+    """Several tensors at a time."""
     waiting = deque(values)
     if sum(array.size for _, array in waiting) < _WORTH_THREADS:
         workers = 1

@@ -122,6 +122,7 @@ def open_session(
     folder: Path | None = None,
     device: Device = "auto",
     threads: int | None = None,
+    arena: bool = True,
 ) -> Session:
     """Load a model into ONNX Runtime.
 
@@ -131,6 +132,8 @@ def open_session(
             nothing is written.
         device: `auto` takes CUDA where ONNX Runtime has it; `cuda` insists.
         threads: ONNX Runtime's intra-op threads; None: one per core.
+        arena: keep freed buffers for the next ones. Without, memory is what the tensors alive take:
+            3.8 GB instead of 5.2 GB and more for SDXL's first attentions.
 
     Raises:
         OnnxqError: no onnxruntime, no CUDA though asked for, or the model does not load.
@@ -138,6 +141,7 @@ def open_session(
     ort = _onnxruntime()
     providers, notes = _providers(ort, device)
     options = _options(ort, folder, threads)
+    options.enable_cpu_mem_arena = arena
     if isinstance(model, Path):
         refuse_unreadable(model, "the model", "name the .onnx file itself")
     try:

@@ -7,18 +7,16 @@ two forward passes, however many layers there are.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Samples
+from onnxq.calibrate.frontier import Frontier
 from onnxq.calibrate.session import Device, open_session
 from onnxq.calibrate.statistics import Gram, NotFiniteError, as_float32
 from onnxq.errors import OnnxqError
@@ -27,6 +25,7 @@ from onnxq.graph.segments import Segments
 from onnxq.inputs import Moments
 
 Array = NDArray[Any]
+_HINT = "set TMPDIR to a folder with more space, or give fewer samples"
 
 
 class Staged:
@@ -48,8 +47,8 @@ class Staged:
         self._next = 0
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(scratch())
-        self._full = _Run(self._folder / "full")
-        self._rounded: _Run | None = None
+        self._full = Frontier(self._folder / "full", _HINT)
+        self._rounded: Frontier | None = None
 
     def __enter__(self) -> Staged:
         return self
@@ -106,7 +105,7 @@ class Staged:
                 "repair or leave out that sample",
             ) from error
 
-    def _pass(self, run: _Run, index: int, weights: Mapping[str, Array]) -> Iterator[Array]:
+    def _pass(self, run: Frontier, index: int, weights: Mapping[str, Array]) -> Iterator[Array]:
         """The stop's values of each sample; the frontier behind it takes the old one's place."""
         stop, frontier = self._segments.stops[index], self._segments.frontier(index)
         model = self._segments.piece(index, run.dtypes, weights)
@@ -156,55 +155,8 @@ class _Cross:
 class _Known:
     """A sample's tensors by name: of its feed, or of the frontier."""
 
-    def __init__(self, run: _Run, sample: int, feed: Mapping[str, Array]) -> None:
+    def __init__(self, run: Frontier, sample: int, feed: Mapping[str, Array]) -> None:
         self._run, self._sample, self._feed = run, sample, feed
 
     def __getitem__(self, name: str) -> Array:
         return self._feed[name] if name in self._feed else self._run.get(name, self._sample)
-
-
-class _Run:
-    """The frontier of one of the two runs: a file for each tensor of each sample."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self.dtypes: dict[str, np.dtype[Any]] = {}
-        self._files: dict[tuple[str, int], tuple[Path, tuple[int, ...]]] = {}
-        self._count = 0
-
-    def put(self, name: str, sample: int, values: Array) -> None:
-        path = self._folder / str(self._count)
-        self._count += 1
-        try:
-            path.write_bytes(np.ascontiguousarray(values).tobytes())
-        except OSError as error:
-            raise OnnxqError(
-                f"cannot keep activations in {self._folder}: {error.strerror or error}",
-                "set TMPDIR to a folder with more space, or give fewer samples",
-            ) from error
-        self._files[name, sample] = path, values.shape
-        self.dtypes[name] = values.dtype
-
-    def get(self, name: str, sample: int) -> Array:
-        path, shape = self._files[name, sample]
-        return np.fromfile(path, np.uint8).view(self.dtypes[name]).reshape(shape)
-
-    def keep(self, names: Sequence[str]) -> None:
-        """Drop all other tensors."""
-        for key in [key for key in self._files if key[0] not in names]:
-            self._files.pop(key)[0].unlink()
-        self.dtypes = {name: dtype for name, dtype in self.dtypes.items() if name in names}
-
-    def copy(self, folder: Path) -> _Run:
-        """Another run that goes on from here. Files are never changed, so both may have them."""
-        other = _Run(folder)
-        other.dtypes, other._count = dict(self.dtypes), self._count
-        for key, (path, shape) in self._files.items():
-            link = folder / path.name
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without links
-                shutil.copyfile(path, link)
-            other._files[key] = link, shape
-        return other

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
 import ml_dtypes
@@ -233,10 +234,14 @@ class Gram:
         self._upper = np.asfortranarray(theirs if own is None else own + theirs)
         self.rows += other.rows
 
-    def park(self) -> None:
-        """Move the sums to a nameless temporary file; whoever asks for them reads it again."""
+    def park(self, folder: Path | None = None) -> None:
+        """Move the sums to a nameless temporary file; whoever asks for them reads it again.
+
+        Args:
+            folder: where; None: the system's for such.
+        """
         if self._upper is not None:
-            self._parked = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this does)
+            self._parked = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as this does)
             self._upper.T.tofile(self._parked)
             self._upper = None
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from onnxq.errors import OnnxqError
 from onnxq.evaluate.comparison import Comparison, Row, Tolerances
-from onnxq.evaluate.memory import available_memory, resident_memory
 from onnxq.evaluate.metrics import OutputError
 from onnxq.evaluate.outputs import SaveOutputs, saving_outputs
 from onnxq.evaluate.runners import Device, Model, Samples, any_model, runnable
 from onnxq.evaluate.spool import Spool, spool
+from onnxq.memory import available_memory, resident_memory
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]

@@ -183,12 +183,21 @@ class Model:
 
     def session_proto(self, outputs: Sequence[str] | None = None) -> tuple[onnx.ModelProto, Path]:
         """As `session_model`, before it is serialized."""
+        proto, folder, computed = self.open_proto(outputs)
+        fill_in(proto, computed)
+        return proto, folder
+
+    def open_proto(
+        self, outputs: Sequence[str] | None = None
+    ) -> tuple[onnx.ModelProto, Path, dict[str, DerivedValues]]:
+        """As `session_proto`, but with the weights that are computed beside it, by name."""
         proto = self.export()
         if outputs is not None:
             cut(proto.graph, outputs, exporting.value_types(self))
         values = {c.name: c._values for c in self.constants()}
-        fill_in(proto, {n: v for n, v in values.items() if isinstance(v, DerivedValues)})
-        return proto, refer_resolved(proto, self._references(), self.path.parent)
+        computed = {n: v for n, v in values.items() if isinstance(v, DerivedValues)}
+        folder = refer_resolved(proto, self._references(), self.path.parent, computed)
+        return proto, folder, computed
 
     def _references(self) -> dict[str, Reference]:
         """Name -> where a stored weight is."""

@@ -6,7 +6,7 @@ activations weigh.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -29,22 +29,30 @@ def range_probes(
     Args:
         only: the names of those to measure.
     """
-    tensors = [t for n in model.graph.nodes for t in n.outputs if _measurable(t)]
-    if only is not None:
-        tensors = [t for t in tensors if t.name in only]
+    tensors = [name for name in probed_tensors(model) if only is None or name in only]
     for start in range(0, len(tensors), _GROUP):
-        names = {f"onnxq_probe_{i}": t.name for i, t in enumerate(tensors[start : start + _GROUP])}
-        proto, folder = model.session_proto(list(names.values()))
+        group = tensors[start : start + _GROUP]
+        proto, folder = model.session_proto(group)
         del proto.graph.output[:]
-        # ONNX Runtime visits the last output first: shallow tensors last, or all would be kept.
-        for output, name in reversed(names.items()):
-            magnitude = f"{output}_abs"
-            proto.graph.node.append(onnx.helper.make_node("Abs", [name], [magnitude]))
-            proto.graph.node.append(
-                onnx.helper.make_node("ReduceMax", [magnitude], [output], keepdims=0)
-            )
-            proto.graph.output.append(onnx.ValueInfoProto(name=output))
+        names = add_probes(proto.graph, group)
         yield proto.SerializeToString(deterministic=True), folder, names
+
+
+def probed_tensors(model: Model) -> list[str]:
+    """All FP32 and FP16 tensors that the main graph computes."""
+    return [t.name for n in model.graph.nodes for t in n.outputs if _measurable(t)]
+
+
+def add_probes(graph: onnx.GraphProto, tensors: Sequence[str]) -> dict[str, str]:
+    """Add scalar outputs: {output name: tensor whose max |x| it is}."""
+    names = {f"onnxq_probe_{i}": name for i, name in enumerate(tensors)}
+    # ONNX Runtime visits the last output first: shallow tensors last, or all would be kept.
+    for output, name in reversed(names.items()):
+        magnitude = f"{output}_abs"
+        graph.node.append(onnx.helper.make_node("Abs", [name], [magnitude]))
+        graph.node.append(onnx.helper.make_node("ReduceMax", [magnitude], [output], keepdims=0))
+        graph.output.append(onnx.ValueInfoProto(name=output))
+    return names
 
 
 def _measurable(tensor: gs.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,15 @@ def fill_in(proto: onnx.ModelProto, computed: Mapping[str, DerivedValues]) -> No
 
 
 def refer_resolved(
-    proto: onnx.ModelProto, references: Mapping[str, Reference], folder: Path
+    proto: onnx.ModelProto,
+    references: Mapping[str, Reference],
+    folder: Path,
+    computed: Container[str] = (),
 ) -> Path:
     """As `refer`, with links followed: ONNX Runtime refuses one that leads out of the folder.
+
+    Args:
+        computed: names of initializers that `fill_in` sees to.
 
     Returns:
         What the locations are relative to: the folder that holds all files; `folder` for none.
@@ -62,6 +68,7 @@ def refer_resolved(
     extents = [
         (tensor, _find(tensor, references).extent)
         for tensor in filter(is_external, proto.graph.initializer)
+        if tensor.name not in computed
     ]
     paths = {path: path.resolve() for path in {extent.path for _, extent in extents}}
     if paths:

@@ -6,15 +6,13 @@ that no earlier piece held; what later pieces read of it, or of the pieces befor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 
-from onnxq.graph.dtypes import onnx_dtype
 from onnxq.graph.model import Model
-from onnxq.graph.names import captured
+from onnxq.graph.pieces import Pieces
 
 
 class Segments:
@@ -25,18 +23,14 @@ class Segments:
     """
 
     def __init__(self, model: Model, stops: Sequence[str]) -> None:
-        proto, self.folder = model.session_proto(stops)
-        self._graph, self.stops = proto.graph, list(stops)
-        self._header = _header(proto)
-        self._initializers = {t.name: t for t in self._graph.initializer}
-        inputs = {i.name: i for i in self._graph.input if i.name not in self._initializers}
-        self._inputs = inputs
-        self._reads = [_read(node) for node in self._graph.node]
+        self._pieces, self.stops = Pieces(model, stops), list(stops)
+        self.folder = self._pieces.folder
         self._steps = self._divided()
 
     def _divided(self) -> list[tuple[list[int], list[str]]]:
-        """For each stop the nodes that lead to it from the stop before, and the frontier then."""
-        maker = {name: i for i, node in enumerate(self._graph.node) for name in node.output if name}
+        """For each stop the steps that lead to it from the stop before, and the frontier then."""
+        steps = self._pieces.steps
+        maker = {name: i for i, step in enumerate(steps) for name in step.makes}
         held: set[int] = set()
         pieces = []
         for stop in self.stops:
@@ -46,20 +40,20 @@ class Segments:
                 index = maker.get(waiting.pop(), -1)
                 if index >= 0 and index not in held and index not in new:
                     new.add(index)
-                    waiting += self._reads[index]
+                    waiting += steps[index].reads
             held |= new
             pieces.append(sorted(new))
-        steps: list[tuple[list[int], list[str]]] = []
+        divided: list[tuple[list[int], list[str]]] = []
         made: set[str] = set()
         for piece in pieces:
-            made |= {name for i in piece for name in self._graph.node[i].output if name}
-            steps.append((piece, sorted(made)))
+            made |= {name for i in piece for name in steps[i].makes}
+            divided.append((piece, sorted(made)))
         wanted: set[str] = set()
-        for index in reversed(range(len(steps))):
-            piece, names = steps[index]
-            steps[index] = piece, [name for name in names if name in wanted]
-            wanted |= {name for i in piece for name in self._reads[i]} | {self.stops[index]}
-        return steps
+        for index in reversed(range(len(divided))):
+            piece, names = divided[index]
+            divided[index] = piece, [name for name in names if name in wanted]
+            wanted |= {name for i in piece for name in steps[i].reads} | {self.stops[index]}
+        return divided
 
     def frontier(self, index: int) -> list[str]:
         """What the pieces behind stop `index` read of those up to it, without the graph's inputs.
@@ -83,50 +77,9 @@ class Segments:
         Returns:
             None where nothing is to be computed: all of it is held already.
         """
-        nodes, frontier = self._steps[index]
-        if not nodes:
+        steps, frontier = self._steps[index]
+        if not steps:
             return None
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self._header)
-        graph = proto.graph
-        graph.node.extend(self._graph.node[i] for i in nodes)
-        made = {name for i in nodes for name in self._graph.node[i].output}
-        read = dict.fromkeys(name for i in nodes for name in self._reads[i] if name not in made)
-        for name in read:
-            if name in self._initializers:
-                graph.initializer.append(self._weight(name, weights or {}))
-            elif name in self._inputs:
-                graph.input.append(self._inputs[name])
-            elif name in held:
-                value = onnx.helper.make_tensor_value_info(name, onnx_dtype(held[name]), None)
-                graph.input.append(value)
-        outputs = dict.fromkeys((self.stops[index], *frontier))
-        graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs if n in made)
-        return bytes(proto.SerializeToString(deterministic=True))
-
-    def _weight(self, name: str, weights: Mapping[str, Any]) -> onnx.TensorProto:
-        tensor: onnx.TensorProto = self._initializers[name]
-        if name not in weights:
-            return tensor
-        values = weights[name]
-        return onnx.TensorProto(
-            name=name,
-            data_type=tensor.data_type,
-            dims=tensor.dims,
-            raw_data=np.ascontiguousarray(values).tobytes(),
-        )
-
-
-def _header(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model but for its graph."""
-    header = onnx.ModelProto(ir_version=proto.ir_version)
-    header.opset_import.extend(proto.opset_import)
-    header.functions.extend(proto.functions)
-    header.graph.name = "segment"
-    return header
-
-
-def _read(node: onnx.NodeProto) -> list[str]:
-    """Names the node and its subgraphs read of the main graph."""
-    names: Iterable[str] = (*node.input, *captured(node))
-    return [name for name in names if name]
+        made = {name for i in steps for name in self._pieces.steps[i].makes}
+        outputs = [name for name in dict.fromkeys((self.stops[index], *frontier)) if name in made]
+        return self._pieces.model(steps, outputs, held, weights=weights)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxq.evaluate import memory
+from onnxq import memory
 
 
 def control_group(folder: Path, limit: str) -> Path:
@@ -36,7 +36,7 @@ def test_the_smaller_of_machine_and_group_counts(monkeypatch: pytest.MonkeyPatch
 
 
 TOUCH = """
-from onnxq.evaluate.memory import resident_memory
+from onnxq.memory import resident_memory
 before = resident_memory()
 held = b"x" * (200 << 20)
 print(before, resident_memory() - before)

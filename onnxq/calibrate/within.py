@@ -1,0 +1,213 @@
+"""Calibration within a memory budget: in one piece where the model fits, else in segments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxq.calibrate.data import Feed, Samples
+from onnxq.calibrate.division import Division, Segment
+from onnxq.calibrate.probe import measure_ranges
+from onnxq.calibrate.rows import Rows
+from onnxq.calibrate.run import calibrate
+from onnxq.calibrate.segmented import calibrate_in_segments, measure_in_segments
+from onnxq.calibrate.session import Device, open_session
+from onnxq.calibrate.statistics import Gram
+from onnxq.calibrate.table import CalibrationTable
+from onnxq.errors import OnnxqError
+from onnxq.files import scratch
+from onnxq.graph.model import Model
+from onnxq.graph.pieces import Pieces
+from onnxq.graph.probe import probed_tensors, range_probes
+from onnxq.graph.sizes import tensor_sizes
+from onnxq.memory import available_memory, peak_memory, resident_memory
+from onnxq.progress import Progress, silent
+
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "Loop"))
+_RUNTIME = 100 << 20
+"""Bytes that ONNX Runtime and the statistics take by themselves."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How calibration ran.
+
+    Attributes:
+        segments: 1: the whole model at once.
+        cut_fusions: cuts where ONNX Runtime may have fused nodes: there the last bits may differ
+            from those of the whole model.
+        spooled_bytes: written to disk between segments.
+        memory: bytes it was to keep within; None where nobody said.
+        peak_rss: the most bytes the process took until the end of the calibration.
+        seconds: that it took, all preparation included.
+    """
+
+    segments: int
+    cut_fusions: int
+    spooled_bytes: int
+    memory: int | None
+    peak_rss: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return asdict(self)
+
+
+def calibrate_within(
+    model: Model,
+    watched: Mapping[str, str],
+    samples: Samples,
+    *,
+    beside: Path,
+    memory: int | None = None,
+    fingerprint: str = "",
+    device: Device = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[CalibrationTable, Ran]:
+    """Statistics of the watched tensors; see `run.calibrate`.
+
+    Args:
+        beside: the file whose folder takes what waits between segments.
+        memory: bytes the process may take; None: what it has and the machine has left.
+
+    Raises:
+        OnnxqError: as `run.calibrate`; or the memory is too small for any division.
+    """
+    started = time.monotonic()
+    divided = None
+    if watched:
+        divided = _divided(model, list(watched), watched, samples, memory)
+    if divided is None:
+        # The memory is enough for all values at once, so that one pass does.
+        table = calibrate(
+            model.session_model,
+            watched,
+            samples,
+            fingerprint=fingerprint,
+            memory=memory,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        return table, Ran(1, 0, 0, memory, peak_memory(), _since(started))
+    pieces, segments, cut = divided
+    with scratch(beside) as folder:
+        table, spooled = calibrate_in_segments(
+            pieces,
+            segments,
+            watched,
+            samples,
+            folder,
+            fingerprint=fingerprint,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+    return table, Ran(len(segments), cut, spooled, memory, peak_memory(), _since(started))
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 2)
+
+
+def ranges_within(
+    model: Model,
+    samples: Samples,
+    *,
+    beside: Path,
+    only: Collection[str] | None = None,
+    memory: int | None = None,
+    device: Device = "auto",
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """max |x| of every FP32 and FP16 tensor on the largest sample, or `only` of some of them.
+
+    Other arguments, and errors, as before.
+    """
+    tensors = [name for name in probed_tensors(model) if only is None or name in only]
+    feed = samples.largest()
+    divided = _divided(model, tensors, {}, samples, memory)
+    if divided is None:
+        return measure_ranges(range_probes(model, only), feed, device=device, progress=progress)
+    pieces, segments, _ = divided
+    with scratch(beside) as folder:
+        return measure_in_segments(
+            pieces, segments, tensors, feed, folder, device=device, progress=progress
+        )
+
+
+def divide(
+    model: Model, tensors: Sequence[str], watched: Mapping[str, str], samples: Samples
+) -> tuple[Pieces, Division]:
+    """The model as far as the tensors need it, in steps, and what cutting it costs.
+
+    Args:
+        watched: {tensor to fetch: statistics}.
+        samples: the largest says how large everything is.
+    """
+    feed = samples.largest()
+    shapes = {name: array.shape for name, array in feed.items()}
+    sizes = tensor_sizes(model, shapes, lambda names: _measured(model, names, feed))
+    pieces = Pieces(model, tensors)
+    channels = {n: (1, *sizes[n][0])[-1] if n in sizes else 1 for n in watched}
+    held, throughout = dict.fromkeys(watched, 0), 0
+    for name, kinds in watched.items():
+        if Gram.name in kinds.split("+"):
+            held[name] = Gram.bytes_for(channels[name])
+        if Rows.name in kinds.split("+"):
+            throughout += Rows.bytes_for(channels[name])
+    return pieces, Division(pieces, sizes, held, len(samples), throughout)
+
+
+def _measured(model: Model, names: Sequence[str], feed: Feed) -> dict[str, tuple[int, ...]]:
+    """Shapes of those tensors that no product of matrices leads to."""
+    dear: set[str] = set()
+    for step in Pieces(model, names).steps:
+        if step.op in _PRODUCTS or dear & {*step.reads}:
+            dear.update(step.makes)
+    cheap = [name for name in names if name not in dear]
+    if not cheap:
+        return {}
+    proto, folder = model.session_model(cheap)
+    values = open_session(proto, folder=folder, device="cpu").run(cheap, feed)
+    return {name: value.shape for name, value in zip(cheap, values, strict=True)}
+
+
+def _divided(
+    model: Model,
+    tensors: Sequence[str],
+    watched: Mapping[str, str],
+    samples: Samples,
+    memory: int | None,
+) -> tuple[Pieces, list[Segment], int] | None:
+    """The segments, and how many cuts may break a fusion; None where the whole model fits."""
+    base, free = resident_memory() + _RUNTIME, available_memory()
+    if memory is None and free is None:
+        return None
+    try:
+        pieces, division = divide(model, tensors, watched, samples)
+    except OnnxqError:
+        if memory is None:
+            return None  # ONNX Runtime may run what onnx's inference does not understand
+        raise
+    room = memory - base if memory is not None else free or 0
+    if division.whole().memory <= room:
+        return None
+    segments = division.within(room)
+    if segments is None and memory is None:
+        return None  # what is expected is not certain
+    if segments is None:
+        least = base + division.least()
+        enough = math.ceil(least * 1.02 / 1e8) / 10
+        raise OnnxqError(
+            f"calibration does not fit into {(room + base) / 1e9:.2f} GB: the widest part of the "
+            f"model needs {least / 1e9:.2f} GB on the largest sample",
+            f"give --memory {enough:.1f}GB, or smaller samples (--batch)",
+        )
+    return pieces, segments, division.cuts_fusions(segments)
