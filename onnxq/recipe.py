@@ -33,6 +33,8 @@ Mode = Literal["static", "dynamic"]
 _CALIBRATORS = ("max", "percentile", "entropy", "mse")
 _OPS = ("MatMul", "Gemm", "Conv")
 _LEAST_BLOCK = 16
+# At 19 and 20, which have FP8 too, ONNX Runtime moves a Transpose to between Q and DQ: it has none.
+_FP8_FROM = 21
 _LEVELS = (1, 2, 2.5, 3, 4)
 
 # What both operands of a product may be: the pairs for which TensorRT has a kernel, and UINT4; and
@@ -178,13 +180,18 @@ class Recipe:
 
     @property
     def min_opset(self) -> int:
-        """First opset that can say what it asks for."""
+        """First opset that can say what it asks for, and that ONNX Runtime loads."""
         if not self.quantizes:
             return 0
         scheme = QuantScheme(
             self.weight_format, PerBlock(0, self.block) if self.block else PerTensor(), ""
         )
-        return max(scheme.min_opset, getattr(self.activation_format, "min_opset", 0))
+        formats = [self.weight_format.name, self.activations]
+        return max(
+            scheme.min_opset,
+            getattr(self.activation_format, "min_opset", 0),
+            _FP8_FROM if "fp8" in formats else 0,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data as YAML and JSON have it; `from_dict` reads it back."""
