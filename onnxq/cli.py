@@ -166,7 +166,9 @@ _RULES = click.option(
     show_default=True,
     help="Types of the model's inputs and outputs.",
 )
-@click.option("--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse or mse:2.")
+@click.option(
+    "--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse, mse:2 or output."
+)
 @_RULES
 @_CHANGES
 @click.option(

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Mode = Literal["static", "dynamic"]
-_CALIBRATORS = ("max", "percentile", "entropy", "mse")
+_CALIBRATORS = ("max", "percentile", "entropy", "mse", "output")
 _OPS = ("MatMul", "Gemm", "Conv")
 _LEAST_BLOCK = 16
 # At 19 and 20, which have FP8 too, ONNX Runtime moves a Transpose to between Q and DQ: it has none.
@@ -64,7 +64,8 @@ class Recipe:
             length it does not divide gets a smaller one. 0: the format says.
         activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
-        calibrator: `max`, `percentile:99.99`, `entropy`, `mse` or `mse:2` (see `calibrate.ranges`).
+        calibrator: `max`, `percentile:99.99`, `entropy`, `mse`, `mse:2` (see `calibrate.ranges`),
+            or `output`: the least error of what the layers make of it (see `clipping`).
         sparsity: pattern of zeros, such as `2:4` (see `onnxq.sparsity`); '': none. A step says how.
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
             weight becomes the largest code, and all are rounded to nearest.
@@ -437,7 +438,8 @@ def check_calibrator(text: str) -> None:
         )
     if not known:
         raise OnnxqError(
-            f"unknown calibrator {text!r}", "choose max, percentile:99.99, entropy, mse or mse:2"
+            f"unknown calibrator {text!r}",
+            "choose max, percentile:99.99, entropy, mse, mse:2 or output",
         )
 
 

@@ -20,7 +20,6 @@ from onnxq.base import in_16_bits
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.statistics import ChannelAmax, Gram
 from onnxq.calibrate.table import CalibrationTable
-from onnxq.formats import PerTensor, QuantScheme
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import Fold, find_fold
 from onnxq.graph.ir import Tensor
@@ -30,8 +29,7 @@ from onnxq.placement import Placement
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
-from onnxq.rounding import finite_peaks
-from onnxq.schemes import granularity, summed_axis
+from onnxq.rounding import weight_matrix
 from onnxq.sites import Site, current
 from onnxq.smoothing import Fit, Weights, search_factors
 
@@ -133,7 +131,7 @@ def _rescaled(
     peaks: Mapping[str, float],
 ) -> tuple[Edit, FloatArray | None]:
     """Search the factors of one input, and fold them; None where none are worth it."""
-    weights = [_weight(current(site), recipe) for site in sites]
+    weights = [weight_matrix(current(site), recipe) for site in sites]
     found, said = _SEARCHES[name](fold, weights, recipe, table, _fitting(fold, table, peaks))
     if found is None:
         return Edit(name, "leave", fold.tensor.name, said), None
@@ -168,17 +166,6 @@ def _awq(
 
 
 _SEARCHES = {"awq": _awq, "smoothquant": search_factors}
-
-
-def _weight(site: Site, recipe: Recipe) -> tuple[FloatArray, QuantScheme]:
-    """W [K, N] and how it will be stored; its scales in FP32, which all others come near to."""
-    assert site.operand is not None
-    divided = granularity(site, recipe)
-    assert divided is not None  # placement leaves what no block fits
-    values = site.operand.load().astype(np.float32)
-    finite_peaks(site, values, PerTensor())
-    scheme = QuantScheme(recipe.weight_format, divided, "float32")
-    return (values.T, scheme.transposed()) if summed_axis(site) == 1 else (values, scheme)
 
 
 def _followed(table: CalibrationTable, fold: Fold, s: FloatArray) -> CalibrationTable:

@@ -16,6 +16,8 @@ from onnxq import numerics
 from onnxq.errors import OnnxqError
 from onnxq.formats import Granularity, PerTensor, QuantScheme
 from onnxq.graph.query import ConstantOperand
+from onnxq.recipe import Recipe
+from onnxq.schemes import granularity, summed_axis
 from onnxq.sites import Site
 
 Array = numerics.FloatArray
@@ -149,6 +151,17 @@ class _Weight:
                 f"weight {self.site.weight_name!r} of {self.site.name!r}: {error}",
                 f"leave the layer: --rule 'leave weight={self.site.weight_name}'",
             ) from None
+
+
+def weight_matrix(site: Site, recipe: Recipe) -> tuple[Array, QuantScheme]:
+    """W [K, N] and how it will be stored; its scales in FP32, which all others come near to."""
+    assert site.operand is not None
+    divided = granularity(site, recipe)
+    assert divided is not None  # placement leaves what no block fits
+    values = site.operand.load().astype(np.float32)
+    finite_peaks(site, values, PerTensor())
+    scheme = QuantScheme(recipe.weight_format, divided, "float32")
+    return (values.T, scheme.transposed()) if summed_axis(site) == 1 else (values, scheme)
 
 
 def finite_peaks(site: Site, values: Array, granularity: Granularity) -> Array:

@@ -13,6 +13,7 @@ from onnxq import numerics
 from onnxq.calibrate.ranges import Range
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.centers import can_center, centered_layers, joined_bias
+from onnxq.clipping import output_range
 from onnxq.coding import Coder
 from onnxq.formats import QuantFormat
 from onnxq.graph.dtypes import value_dtype
@@ -40,6 +41,7 @@ SOFTMAX_PEAK = 1.0
 Ranges = dict[tuple[int, int], Range]
 """(id(node), input index) -> what the codes shall cover."""
 
+_WITHOUT_ROWS = "mse:2"  # in the place of "output" for what is not linear
 _MOST_LOST = 0.95  # of a tensor's channels
 
 
@@ -69,6 +71,8 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
             if site.attention is None:
                 axis = -1 if site.kind == "linear" else 1
                 wanted[site.node.inputs[0].name].append(f"channel_amax:{axis}")
+            if recipe.calibrator == "output" and site.kind == "linear":
+                wanted[site.node.inputs[0].name].append("rows")
         if site.kind == "linear":
             wanted.setdefault(site.node.inputs[0].name, []).extend(recipe.statistics)
     return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items() if kinds}
@@ -83,8 +87,17 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges |
     method = "max" if fmt is not None and fmt.block else recipe.calibrator
     center = recipe.center and fmt is not None and not fmt.is_float
     kept = {id(d.site.node.inputs[0]) for d in placement.quantized if not can_center(d.site)}
+    by_output: Ranges = {}
+    if method == "output":
+        method = _WITHOUT_ROWS
+        for group in _groups(placement):
+            if group[0].kind == "linear":
+                free = center and id(group[0].node.inputs[0]) not in kept
+                found = output_range(group, recipe, table, free)
+                by_output |= {(id(site.node), 0): found for site in group}
     return {
-        (id(node), i): table.covered(
+        (id(node), i): by_output.get((id(node), i))
+        or table.covered(
             node.inputs[i].name,
             method,
             recipe.activations,

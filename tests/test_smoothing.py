@@ -106,3 +106,24 @@ def test_where_it_makes_no_sense_it_is_refused() -> None:
         recipe("int8-smoothquant").with_changes(["alpha=high"])
     with pytest.raises(OnnxqError, match="no sense in this order"):
         replace(recipe("int8"), steps=("smoothquant", "awq"))
+
+
+def test_the_calibrator_output_clips_what_few_rows_need(tmp_path: Path) -> None:
+    """One row in 40 is 200 times as loud: the others keep their digits, and it is clipped."""
+    net = Net()
+    x = net.input("x", ["batch", 40, 32])
+    h = net.op("MatMul", x, net.weight("a", 32, 48), name="/a")
+    net.output(net.op("Relu", h, name="/out"))
+    source = net.save(tmp_path / "net.onnx")
+    calib, held = np.random.default_rng(0).standard_normal((2, 24, 40, 32)).astype(np.float32)
+    for data in (calib, held):
+        data[:, 0] *= 200
+    np.savez(tmp_path / "calib.npz", x=calib)
+    wanted, found = run(onnx.load(source), {"x": held})[0], {}
+    for calibrator in ("mse:2", "output"):
+        made = tmp_path / "m.onnx"
+        options: dict[str, Any] = {"recipe": "int8", "calibrator": calibrator, "precision": "keep"}
+        onnxq.quantize(source, made, calib=tmp_path / "calib.npz", target="sm80", **options)
+        got = run(onnx.load(made), {"x": held})[0]
+        found[calibrator] = snr(wanted[:, 1:], got[:, 1:])
+    assert found["output"] > found["mse:2"] + 20

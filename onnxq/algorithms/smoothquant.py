@@ -9,7 +9,7 @@ one alpha for a model; here each input has its own, the one that errs least on r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq import numerics
+from onnxq.algorithms.clip import shares, weighted
 from onnxq.formats import QuantScheme
 
 Matrix = NDArray[Any]
 
-ALPHAS = tuple(np.round(np.arange(0.2, 1.01, 0.1), 2))
+ALPHAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class Smoothing:
 
     Attributes:
         s: [K]; ones where no alpha errs less than none.
-        alpha: None where none does.
-        before, after: error of the layers' outputs over their power, as they are and smoothed.
+        alpha: what the best is called; None where none does.
+        before, after: error of the layers' outputs over their power (see `clip.shares`), as they
+            are and smoothed.
     """
 
     s: NDArray[np.float64]
-    alpha: float | None
+    alpha: str | None
     before: float
     after: float
 
@@ -63,8 +65,8 @@ def search(
     X: Matrix,
     counts: Matrix,
     weights: Sequence[tuple[Matrix, QuantScheme]],
-    candidates: dict[float, NDArray[np.float64]],
-    quantized: Callable[[Matrix, Matrix], Matrix],
+    candidates: Mapping[str, NDArray[np.float64]],
+    quantized: Callable[[Matrix, Matrix], Iterable[Matrix]],
 ) -> Smoothing:
     """The alpha whose s gives the layers' outputs the least error, weights and input quantized.
 
@@ -72,34 +74,31 @@ def search(
         X: rows of the input [R, K].
         counts: how many rows each stands for [R].
         weights: W [K, N] and how it is stored, of every layer that reads the input.
-        candidates: s [K] by alpha.
-        quantized: rows that were divided by s, and s -> the rows quantized and back.
+        candidates: s [K] by what it is called.
+        quantized: rows that were divided by s, and s -> the rows quantized and back, in every way
+            that may be chosen.
     """
-    exact = [X @ W for W, _ in weights]
-    power = sum(_power(Y, counts) for Y in exact) or 1.0
+    exact = X @ np.hstack([W for W, _ in weights])
+    each = shares(counts, exact)
 
     def error(s: NDArray[np.float64]) -> float:
-        read = quantized((X / s).astype(np.float32), s)
-        outputs = (read @ _rounded(W, s, scheme) for W, scheme in weights)
-        return sum(_power(found - Y, counts) for found, Y in zip(outputs, exact, strict=True))
+        factors = s.astype(np.float32)[:, None]
+        stored = np.hstack([rounded_weight(W * factors, scheme) for W, scheme in weights])
+        inputs = quantized((X / s).astype(np.float32), s)
+        return min(weighted(read @ stored - exact, each) for read in inputs)
 
     ones = np.ones(X.shape[1])
     before = error(ones)
-    best = Smoothing(ones, None, before / power, before / power)
+    best = Smoothing(ones, None, before, before)
     for alpha, s in candidates.items():
-        found = error(s) / power
+        found = error(s)
         if found < best.after:
             best = Smoothing(s, alpha, best.before, found)
     return best
 
 
-def _power(Y: Matrix, counts: Matrix) -> float:
-    return float(np.einsum("rn,rn,r->", Y, Y, counts, dtype=np.float64, optimize=True))
-
-
-def _rounded(W: Matrix, s: NDArray[np.float64], scheme: QuantScheme) -> Matrix:
-    """Q(s W) [K, N]."""
-    scaled = W * s.astype(np.float32)[:, None]
-    scale = numerics.scales_for(numerics.peaks(scaled, scheme.granularity), scheme)
+def rounded_weight(W: Matrix, scheme: QuantScheme) -> Matrix:
+    """Q(W) [K, N], rounded to nearest."""
+    scale = numerics.scales_for(numerics.peaks(W, scheme.granularity), scheme)
     step = numerics.steps(scale, scheme, W.shape)
-    return numerics.nearest(scaled / step, scheme.format) * step
+    return np.asarray(numerics.nearest(W / step, scheme.format) * step)

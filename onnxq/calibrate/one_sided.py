@@ -60,6 +60,19 @@ def centered(found: Amax, method: str, format_name: str = "int8") -> tuple[int, 
     return int(offset if high >= -low else -offset), reach
 
 
+def around(low: float, high: float, tops: Floats, last: float) -> list[tuple[int, float]]:
+    """(offset, reach) of the ranges from the shorter side's end to each of `tops` on the longer.
+
+    Empty where 0 is as good a middle; see `centered`.
+    """
+    longer, shorter = max(high, -low, 0.0), max(min(high, -low), 0.0)
+    if shorter > _ONE_SIDED * longer:
+        return []
+    offsets, reaches = _grid(tops[tops >= shorter], shorter, last)
+    sign = 1 if high >= -low else -1
+    return [(sign * int(o), float(r)) for o, r in zip(offsets, reaches, strict=True)]
+
+
 def _grid(top: Any, shorter: float, last: float) -> tuple[Any, Any]:
     """(offset, reach) of the finest codes from -last to last over [-shorter, top], 0 among them."""
     fewer = np.floor(last * (top - shorter) / (top + shorter))

@@ -98,11 +98,15 @@ class CalibrationTable:
         middle = centered(extremes, method, format_name) if center and extremes else None
         if middle is not None:
             found = Range(peak, *middle)
+        return self.told(tensor, found, format_name)
+
+    def told(self, tensor: str, found: Range, format_name: str = "int8") -> Range:
+        """A range, and the share of channels that it loses, where that is known."""
         channels = [s for s in self.of(tensor).values() if isinstance(s, ChannelAmax)]
         if not channels or channels[0].values is None:
             return found
         used = channels[0].values[channels[0].values > 0]
-        step = levels(format_name)[1] * (peak if middle is None else found.reach)
+        step = levels(format_name)[1] * (found.reach or found.peak)
         return replace(found, lost=float(np.mean(used < step / 2)) if used.size else 0.0)
 
     def extremes(self, tensor: str) -> tuple[float, float]:

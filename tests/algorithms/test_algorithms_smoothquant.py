@@ -47,31 +47,34 @@ def test_tied_channels_share_the_largest() -> None:
     assert tied[5] / tied[0] == pytest.approx(alone[5] / alone[0])
 
 
+def _read(X: np.ndarray, s: np.ndarray) -> list[np.ndarray]:
+    """In two ways, of which the second is of no use."""
+    return [_int8(X, s), 0 * X]
+
+
 def test_a_loud_channel_is_smoothed_and_the_error_is_as_told() -> None:
     X, V, W = _case()
-    candidates = {a: factors(np.abs(X).max(0), [V, W], a) for a in (0.3, 0.5, 0.7)}
-    counts = np.ones(200)
-    found = search(X, counts, [(V, INT8), (W, INT8)], candidates, _int8)
+    candidates = {str(a): factors(np.abs(X).max(0), [V, W], a) for a in (0.3, 0.5, 0.7)}
+    found = search(X, np.ones(200), [(V, INT8), (W, INT8)], candidates, _read)
 
     def error(s: np.ndarray) -> float:
-        total = 0.0
-        for M in (V, W):
-            scaled = M * s[:, None]
-            step = np.abs(scaled).max(0) / 127
-            total += ((_int8(X / s, s) @ (np.rint(scaled / step) * step) - X @ M) ** 2).sum()
-        return total / ((X @ V) ** 2).sum() / (1 + ((X @ W) ** 2).sum() / ((X @ V) ** 2).sum())
+        exact = X.astype(np.float64) @ np.hstack([V, W])
+        scaled = np.hstack([V, W]) * s[:, None]
+        step = np.abs(scaled).max(0) / 127
+        made = _int8(X / s, s) @ (np.rint(scaled / step) * step)
+        return float((((made - exact) ** 2).sum(1) / (exact**2).sum(1)).mean())
 
-    assert found.before == pytest.approx(error(np.ones(32)), rel=1e-3)
+    assert found.before == pytest.approx(error(np.ones(32)), rel=1e-2)
     errors = {alpha: error(s) for alpha, s in candidates.items()}
     assert found.alpha == min(errors, key=lambda a: errors[a])
-    assert found.after == pytest.approx(min(errors.values()), rel=1e-3)
+    assert found.after == pytest.approx(min(errors.values()), rel=1e-2)
     assert found.after < found.before / 10
 
 
 def test_rows_count_as_often_as_they_stand_for() -> None:
     X, V, _ = _case()
-    twice = search(np.vstack([X, X[:50]]), np.ones(250), [(V, INT8)], {}, _int8)
-    counted = search(X, np.where(np.arange(200) < 50, 2.0, 1.0), [(V, INT8)], {}, _int8)
+    twice = search(np.vstack([X, X[:50]]), np.ones(250), [(V, INT8)], {}, _read)
+    counted = search(X, np.where(np.arange(200) < 50, 2.0, 1.0), [(V, INT8)], {}, _read)
     assert counted.before == pytest.approx(twice.before, rel=1e-6)
 
 
@@ -79,5 +82,5 @@ def test_nothing_is_done_where_nothing_helps() -> None:
     """Inputs and weights that are even already, and factors that would make them uneven."""
     X, V = np.sign(_case()[0]), np.sign(_case()[1])
     uneven = np.where(np.arange(32) % 2, 30.0, 1.0)
-    found = search(X, np.ones(200), [(V, INT8)], {0.5: uneven}, _int8)
+    found = search(X, np.ones(200), [(V, INT8)], {"0.5": uneven}, _read)
     assert found.alpha is None and (found.s == 1).all() and found.before == found.after
