@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from onnxq.recipe import load
 from tools.bench import accuracy
 from tools.bench.accuracy import Measuring, measure
 from tools.bench.models import CASES
@@ -51,6 +52,13 @@ def test_rows_of_another_source_are_measured_again(
         monkeypatch.setattr(accuracy, "fingerprint", lambda *files, code=code: code)
         measure([CASES["minilm"]], Measuring(("int8",)), rows, lambda: None)
     assert measured == 2 * ["original", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "card"), [("nvfp4", "sm120"), ("mxfp8", "sm120"), ("w4a8-rtn", "sm89")]
+)
+def test_formats_of_blackwell_are_measured_for_it(name: str, card: str) -> None:
+    assert accuracy._target(load(name)) == card
 
 
 def test_samples_replace_those_of_text_only() -> None:

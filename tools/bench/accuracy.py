@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxq.recipe import load
+from onnxq.gpus import target
+from onnxq.recipe import Recipe, load
 from tools.bench.child import onnxq
 from tools.bench.models import Case
 from tools.bench.peers import ROOT, fingerprint
@@ -91,6 +92,12 @@ def measure(
 _SOURCES = (".py", ".yaml")
 
 
+def _target(recipe: Recipe) -> str:
+    """Ada; for its formats Blackwell."""
+    formats = [f for f in (recipe.weight_format, recipe.activation_format) if f is not None]
+    return "sm89" if all(target("sm89").runs(f.name) for f in formats) else "sm120"
+
+
 def _row(case: Case, recipe: str, measuring: Measuring, folder: Path) -> Row:
     title = case.yardstick[0] if case.yardstick else ""
     if recipe == "original":
@@ -99,7 +106,8 @@ def _row(case: Case, recipe: str, measuring: Measuring, folder: Path) -> Row:
     name, *changes = recipe.split(":")
     words = ["--recipe", name, *(w for change in changes for w in ("--set", change))]
     words += measuring.calib(case) if load(name).needs_data else ()
-    usage = onnxq("quantize", case.model, "-o", output, "--report", report, *words)
+    card = ("--target", _target(load(name).with_changes(changes)))
+    usage = onnxq("quantize", case.model, "-o", output, "--report", report, *card, *words)
     made = json.loads(report.read_text())
     row = {
         "size": made["bytes_after"] / made["bytes_before"],
@@ -112,7 +120,7 @@ def _row(case: Case, recipe: str, measuring: Measuring, folder: Path) -> Row:
     if measuring.task_only:
         return row
     shapes = [word for shape in case.shapes for word in ("--shapes", shape)]
-    onnxq("build", output, "-o", folder / "model.plan", "--report", report, *shapes)
+    onnxq("build", output, "-o", folder / "model.plan", "--report", report, *card, *shapes)
     built = json.loads(report.read_text())
     onnxq("compare", case.model, output, *case.heldout, "--no-fp16", "--report", report)
     errors = json.loads(report.read_text())["comparison"]["rows"][0]
