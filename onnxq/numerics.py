@@ -205,7 +205,7 @@ def quantize(
     with np.errstate(over="ignore"):  # beyond FP32 is beyond the last code too
         divided = values.astype(np.float32) / steps(scale, scheme, values.shape)
     np.rint(divided, out=divided)
-    divided += _spread(zero.astype(np.float32), scheme.granularity, values.shape)
+    divided += zeros(zero, scheme, values.shape)
     return np.asarray(np.clip(divided, fmt.qmin, fmt.qmax).astype(fmt.dtype()))
 
 
@@ -233,9 +233,17 @@ def _cubes(
     return values.reshape(blocks, size, after), step.reshape(blocks, 1, after)
 
 
-def nearest(values: FloatArray, fmt: QuantFormat) -> npt.NDArray[np.float32]:
-    """The format's values nearest to `values` (in units of a step): ties to even, saturated."""
-    grid = np.clip(values, fmt.qmin, fmt.qmax, dtype=np.float32)
+def nearest(
+    values: FloatArray, fmt: QuantFormat, zero: FloatArray | None = None
+) -> npt.NDArray[np.float32]:
+    """The format's values nearest to `values` (in units of a step): ties to even, saturated.
+
+    Args:
+        zero: the codes of 0, broadcastable to `values`, of asymmetric formats; the result is what
+            codes stand for: code - zero.
+    """
+    low, high = (fmt.qmin, fmt.qmax) if zero is None else (fmt.qmin - zero, fmt.qmax - zero)
+    grid = np.clip(values, low, high, dtype=np.float32)
     if not fmt.is_float:
         return np.asarray(np.rint(grid, out=grid))
     # A sum with 1.5 x 2^(exponent + 23 - mantissa bits) keeps just the format's mantissa.
@@ -255,7 +263,7 @@ def dequantize(
     """Values that codes stand for: (codes - zero) x step in float32 (ONNX DequantizeLinear)."""
     wide = codes.astype(np.float32)
     if zero is not None:
-        wide -= _spread(zero.astype(np.float32), scheme.granularity, codes.shape)
+        wide -= zeros(zero, scheme, codes.shape)
     return np.asarray(wide * steps(scale, scheme, codes.shape), dtype=np.float32)
 
 
@@ -264,6 +272,11 @@ def steps(
 ) -> npt.NDArray[np.float32]:
     """What a code of each element is worth: unit x scale in float32, broadcastable to `shape`."""
     return _spread(_step(scale, scheme), scheme.granularity, shape)
+
+
+def zeros(zero: FloatArray, scheme: QuantScheme, shape: tuple[int, ...]) -> FloatArray:
+    """The zero point of each element in float32, broadcastable to `shape`."""
+    return _spread(zero.astype(np.float32), scheme.granularity, shape)
 
 
 def _step(scale: FloatArray, scheme: QuantScheme) -> npt.NDArray[np.float32]:

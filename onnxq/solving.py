@@ -23,16 +23,15 @@ from onnxq import numerics
 from onnxq.algorithms.descent import descend
 from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
-from onnxq.algorithms.search import search_scales
 from onnxq.algorithms.sparsegpt import sparsegpt_rounded
 from onnxq.drafts import Drafts
-from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.weights import constant_type
 from onnxq.inputs import Inputs, Moments
 from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
+from onnxq.scaling import scales_of, searched, spread
 from onnxq.schemes import summed_axis
 from onnxq.sites import Site
 from onnxq.sparsity import Pattern
@@ -109,9 +108,8 @@ class Solver:
         return once()
 
     def _rounded(self, site: Site, scheme: QuantScheme) -> Rounded:
-        if site.kind != "linear" or not scheme.format.symmetric:
-            why = "it is no linear layer" if scheme.format.symmetric else "it has zero points"
-            reason = f"{why}: no second-order method"
+        if site.kind != "linear":
+            reason = "it is no linear layer: no second-order method"
             self._said[id(site.node)] = Edit("round", "nearest", site.name, reason)
             return self._nearest.one(site, scheme)
         W, across = _matrix(site)
@@ -130,13 +128,17 @@ class Solver:
         self._said[id(site.node)] = solution.solved
         stored = solution.values(inner)
         self._inputs.rounded(site, stored.T if across else stored)
-        codes, scale = solution.codes, solution.scale
         unit = np.array(inner.unit, np.float32)
+
+        def put(values: Array) -> Callable[[], Array]:
+            return self._store.put(values.T if across and values.ndim == 2 else values)
+
         return Rounded(
             scheme,
-            self._store.put(codes.T if across else codes),
-            self._store.put(scale.T if across and scale.ndim == 2 else scale),
+            put(solution.codes),
+            put(solution.scale),
             (lambda: unit) if scheme.format.two_level else None,
+            None if solution.zero is None else put(solution.zero),
         )
 
     def pruned(self, site: Site) -> Callable[[], Array] | None:
@@ -183,8 +185,11 @@ class Solver:
                 best = candidate
             errors[candidate.name] = error
         assert best is not None
-        codes = best.grid.astype(scheme.format.dtype())
-        return _Solution(codes, best.scale, Solved(site.name, errors, best.name))
+        grid, zero = best.grid, best.zero
+        if zero is not None:
+            grid = grid + numerics.zeros(zero, scheme, W.shape)
+        solved = Solved(site.name, errors, best.name)
+        return _Solution(grid.astype(scheme.format.dtype()), best.scale, solved, zero)
 
     def _candidates(
         self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
@@ -192,29 +197,30 @@ class Solver:
         """Rounding to nearest, then what each step makes with those before it."""
         fmt, H = scheme.format, moments.rounded
         for draft in self._drafts.of(W, moments):
-            peak = numerics.peaks(draft.values, scheme.granularity)
-            scale = _scales(site, peak, scheme)
-            step = numerics.steps(scale, scheme, W.shape)
-            grid = numerics.nearest(draft.values / step, fmt)
-            yield _Candidate(draft.name or "nearest", grid, scale)
+            scale, zero = scales_of(site, draft.values, scheme)
+            step, middle = spread(scale, zero, scheme, W.shape)
+            grid = numerics.nearest(draft.values / step, fmt, middle)
+            yield _Candidate(draft.name or "nearest", grid, scale, zero)
         done, keep = [draft.name] if draft.name else [], draft.keep
         for name in self.steps:
             if name == "search":
-                scale = search_scales(draft.values, np.diag(H), peak, scheme)
-                step = numerics.steps(scale, scheme, W.shape)
-                grid = numerics.nearest(draft.values / step, fmt)
+                scale, zero = searched(draft.values, np.diag(H), scheme)
+                step, middle = spread(scale, zero, scheme, W.shape)
+                grid = numerics.nearest(draft.values / step, fmt, middle)
             elif name == "gptq" and draft.joint:
                 assert self.pattern is not None
                 sweep = self._drafts.sweep_of(moments)
                 grid, keep = sparsegpt_rounded(sweep, draft.target, self.pattern, step, fmt)
             elif name == "gptq":
-                grid = self._drafts.sweep_of(moments).round(draft.values, step, fmt, keep)
+                grid = self._drafts.sweep_of(moments).round(draft.values, step, fmt, keep, middle)
             elif name == "descent":
-                grid = descend(grid, draft.target, step, damped(H, DAMP), fmt, keep=keep)
+                grid = descend(
+                    grid, draft.target, step, damped(H, DAMP), fmt, keep=keep, zero=middle
+                )
             else:
                 continue  # it has been done, before
             done.append(name)
-            yield _Candidate("+".join(done), grid, scale)
+            yield _Candidate("+".join(done), grid, scale, zero)
 
     def facts(self) -> dict[str, Any]:
         """The figures for the report."""
@@ -241,34 +247,39 @@ class _Solution:
     codes: Array
     scale: Array
     solved: Solved
+    zero: Array | None = None
 
     def values(self, scheme: QuantScheme) -> Array:
         """What the codes stand for, in float32."""
-        step = numerics.steps(self.scale, scheme, self.codes.shape)
-        return np.asarray(self.codes.astype(np.float32) * step)
+        return numerics.dequantize(self.codes, self.scale, scheme, self.zero)
 
     def arrays(self) -> dict[str, Array]:
         """As arrays of plain numbers; `of` reads them."""
         about = json.dumps(vars(self.solved)).encode()
         plain = {"codes": self.codes, "scale": self.scale, "about": np.frombuffer(about, np.uint8)}
+        if self.zero is not None:
+            plain["zero"] = self.zero
         return {name: array.view(f"u{array.itemsize}") for name, array in plain.items()}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array], scheme: QuantScheme) -> _Solution:
+        dtype = scheme.format.dtype()
         return cls(
-            arrays["codes"].view(scheme.format.dtype()),
+            arrays["codes"].view(dtype),
             arrays["scale"].view(dtype_named(scheme.scale_type)),
             Solved(**json.loads(arrays["about"].tobytes())),
+            arrays["zero"].view(dtype) if "zero" in arrays else None,
         )
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A weight in the format's values (units of a step) [K, N], and the scales."""
+    """A weight in the format's values (units of a step) [K, N], the scales, and zero points."""
 
     name: str
     grid: Array
     scale: Array
+    zero: Array | None
 
 
 def _output_error(W: Array, values: Array, moments: Moments) -> float:
@@ -277,16 +288,6 @@ def _output_error(W: Array, values: Array, moments: Moments) -> float:
         return float(output_errors(values - W, moments.full).sum())
     own = output_errors(W, moments.full).sum() + output_errors(values, moments.rounded).sum()
     return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, values, dtype=np.float64))
-
-
-def _scales(site: Site, peak: Array, scheme: QuantScheme) -> Array:
-    try:
-        return numerics.scales_for(peak, scheme)
-    except numerics.ScaleRangeError as error:
-        raise OnnxqError(
-            f"weight {site.weight_name!r} of {site.name!r}: {error}",
-            f"leave the layer: --rule 'leave weight={site.weight_name}'",
-        ) from None
 
 
 def _matrix(site: Site) -> tuple[Array, bool]:

@@ -49,13 +49,16 @@ def _with(name: str, *steps: str) -> Recipe:
 def _error(folder: Path, source: Path, name: str, *steps: str, x: np.ndarray) -> float:
     made = folder / f"{name}{len(steps)}.onnx"
     calib, _ = _data(folder)
-    onnxq.quantize(source, made, recipe=_with(name, *steps), calib=calib, precision="keep")
+    target = "onnxruntime" if name.startswith("uint4") else "sm89"
+    chosen = _with(name, *steps)
+    onnxq.quantize(source, made, recipe=chosen, calib=calib, precision="keep", target=target)
     wanted, found = (run(onnx.load(p), {"x": x})[0] for p in (source, made))
     return snr(wanted, found)
 
 
 @pytest.mark.parametrize(
-    ("name", "gain"), [("int4-rtn", 3.0), ("int8-weight-only", 3.0), ("fp8-weight-only", 3.0)]
+    ("name", "gain"),
+    [("int4-rtn", 3.0), ("uint4-rtn", 3.0), ("int8-weight-only", 3.0), ("fp8-weight-only", 3.0)],
 )
 def test_held_out_error_falls(name: str, gain: float, tmp_path: Path) -> None:
     """On an AR(1) input, rho .9, GPTQ leaves at most .3 of the error of rounding: 5.2 dB.

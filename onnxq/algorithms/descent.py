@@ -28,6 +28,7 @@ def descend(
     fmt: QuantFormat,
     passes: int = 2,
     keep: Matrix | None = None,
+    zero: Matrix | None = None,
 ) -> NDArray[np.float32]:
     """Values of the format, in units of a step, of no larger f than `grid`: [K, N].
 
@@ -36,9 +37,11 @@ def descend(
         step: what a code is worth: [K, N], or [1, N], or a scalar.
         H: [K, K]; inputs whose H_kk is 0 are left as they are.
         keep: the weights that may be other than zero [K, N]; None: all.
+        zero: zero points of asymmetric formats, shaped like `step`.
     """
     K, grid = W.shape[0], np.array(grid, np.float32)
     wide = np.broadcast_to(step, W.shape)
+    middle = None if zero is None else np.broadcast_to(zero, W.shape)
     gradient = H.astype(np.float32) @ (grid * wide - W)
     diagonal = np.diag(H).astype(np.float32)
     for _ in range(passes):
@@ -51,7 +54,7 @@ def descend(
                 if diagonal[k] <= 0:
                     continue
                 wanted = grid[k] - own[k - low] / (diagonal[k] * wide[k])
-                found = numerics.nearest(wanted, fmt)
+                found = numerics.nearest(wanted, fmt, None if middle is None else middle[k])
                 if keep is not None:
                     found = np.where(keep[k], found, 0)
                 moved[k - low] = (found - grid[k]) * wide[k]

@@ -67,7 +67,12 @@ class Sweep:
         self.U = inverse_factor(damped(H[np.ix_(self.order, self.order)], damp)).astype(np.float32)
 
     def round(
-        self, W: Matrix, step: Matrix, fmt: QuantFormat, keep: Matrix | None = None
+        self,
+        W: Matrix,
+        step: Matrix,
+        fmt: QuantFormat,
+        keep: Matrix | None = None,
+        zero: Matrix | None = None,
     ) -> NDArray[np.float32]:
         """The format's values, in units of a step, that W is rounded to.
 
@@ -75,12 +80,14 @@ class Sweep:
             W: [K, N] float32.
             step: what a code is worth: [K, N], or [1, N], or a scalar.
             keep: the weights that may be other than zero [K, N]; None: all.
+            zero: zero points of asymmetric formats, shaped like `step`.
         """
         wide = np.broadcast_to(step, W.shape)
+        middle = None if zero is None else np.broadcast_to(zero, W.shape)
         grid = np.empty(W.shape, np.float32)
 
         def settle(k: int, row: Matrix) -> Matrix:
-            grid[k] = numerics.nearest(row / wide[k], fmt)
+            grid[k] = numerics.nearest(row / wide[k], fmt, None if middle is None else middle[k])
             if keep is not None:
                 grid[k] = np.where(keep[k], grid[k], 0)  # not -0
             return np.asarray(grid[k] * wide[k])

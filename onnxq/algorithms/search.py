@@ -51,6 +51,25 @@ def search_scales(W: Matrix, h: Matrix, peak: Matrix, scheme: QuantScheme) -> Ma
     return best
 
 
+def search_ranges(
+    W: Matrix, h: Matrix, low: Matrix, high: Matrix, scheme: QuantScheme
+) -> tuple[Matrix, Matrix]:
+    """Scales and zero points of W for an asymmetric format: both ends drawn in by one factor.
+
+    Args:
+        low, high: the least and the largest value under each scale, 0 within.
+    """
+    best, zero = numerics.scales_and_zeros(low, high, scheme)
+    least = _errors(W, h, best, scheme, zero)
+    for factor in factors(scheme.format):
+        scale, other = numerics.scales_and_zeros(low * factor, high * factor, scheme)
+        error = _errors(W, h, scale, scheme, other)
+        better = error < least
+        least = np.where(better, error, least)
+        best, zero = np.where(better, scale, best), np.where(better, other, zero)
+    return best, zero
+
+
 def _within(peak: Matrix, scheme: QuantScheme) -> Matrix:
     """Cut at what the largest scale of the type serves."""
     info = ml_dtypes.finfo(dtype_named(scheme.scale_type))  # type: ignore[no-untyped-call]
@@ -58,10 +77,13 @@ def _within(peak: Matrix, scheme: QuantScheme) -> Matrix:
     return np.minimum(peak, largest * scheme.unit * scheme.format.qmax)
 
 
-def _errors(W: Matrix, h: Matrix, scale: Matrix, scheme: QuantScheme) -> Matrix:
+def _errors(
+    W: Matrix, h: Matrix, scale: Matrix, scheme: QuantScheme, zero: Matrix | None = None
+) -> Matrix:
     """sum_k h_k (w_k - q_k)^2 under each scale."""
     step = numerics.steps(scale, scheme, W.shape)
-    error = numerics.nearest(W / step, scheme.format)
+    middle = None if zero is None else numerics.zeros(zero, scheme, W.shape)
+    error = numerics.nearest(W / step, scheme.format, middle)
     error *= step
     error -= W
     error *= error

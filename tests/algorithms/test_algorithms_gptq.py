@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from onnxq import numerics
+from onnxq.algorithms.descent import descend
 from onnxq.algorithms.gptq import Sweep
 from onnxq.algorithms.hessian import damped, inverse_factor, output_errors
-from onnxq.algorithms.search import search_scales
+from onnxq.algorithms.search import search_ranges, search_scales
 from onnxq.formats import PerBlock, PerChannel, QuantScheme, quant_format
 
 INT4 = QuantScheme(quant_format("int4"), PerBlock(0, 32), "float16")
@@ -145,3 +146,58 @@ def test_scales_stay_within_their_type() -> None:
     scale = search_scales(W, np.ones(32), numerics.peaks(W, scheme.granularity), scheme)
     assert np.isfinite(scale.astype(np.float32)).all()
     assert (scale[0] == 65504).all()
+
+
+UINT4 = QuantScheme(quant_format("uint4"), PerBlock(0, 16), "float16")
+
+
+def _uneven(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A weight whose blocks lie off zero, what a code of each element is worth, and its zero."""
+    W = _weight(64, 24, seed) + np.repeat(_weight(4, 24, seed + 1), 16, axis=0)
+    low, high = numerics.extremes(W, UINT4.granularity)
+    scale, zero = numerics.scales_and_zeros(low, high, UINT4)
+    return W, numerics.steps(scale, UINT4, W.shape), numerics.zeros(zero, UINT4, W.shape)
+
+
+def test_zero_points_on_a_diagonal_h_are_rounded_to_nearest() -> None:
+    """By hand: round(w / s) + z within 0 and 15, less z."""
+    W, step, zero = _uneven(11)
+    H = np.diag(np.arange(1.0, 65.0))
+    expected = np.clip(np.rint(W / step) + zero, 0, 15) - zero
+    for found in (
+        Sweep(H, damp=0.0).round(W, step, UINT4.format, zero=zero),
+        descend(expected, W, step, H, UINT4.format, zero=zero),
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_zero_points_gain_from_a_correlated_h() -> None:
+    W, step, zero = _uneven(12)
+    H = _ar1(64, 0.9)
+    near = np.clip(np.rint(W / step) + zero, 0, 15) - zero
+    swept = Sweep(H).round(W, step, UINT4.format, zero=zero)
+    again = descend(swept, W, step, H, UINT4.format, zero=zero)
+    for grid in (swept, again):
+        assert set(np.unique(grid + zero)) <= set(range(16))
+    errors = [output_errors(grid * step - W, H).sum() for grid in (near, swept, again)]
+    assert errors[1] < 0.4 * errors[0] and errors[2] <= errors[1]
+
+
+def test_searched_ranges_are_never_worse_and_mostly_better() -> None:
+    W, _, _ = _uneven(13)
+    W[5] *= 20
+    h = np.ones(64)
+    h[5] = 1e-4
+    low, high = numerics.extremes(W, UINT4.granularity)
+
+    def errors(scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+        wide, middle = np.repeat(scale.astype(np.float32), 16, 0), np.repeat(zero, 16, 0)
+        middle = middle.astype(np.float32)
+        codes = np.clip(np.rint(W / wide) + middle, 0, 15)
+        error = h[:, None] * ((codes - middle) * wide - W) ** 2
+        return error.reshape(4, 16, -1).sum(1)
+
+    plain = errors(*numerics.scales_and_zeros(low, high, UINT4))
+    found = errors(*search_ranges(W, h, low, high, UINT4))
+    assert (found <= plain * (1 + 1e-6)).all()
+    assert found.sum() < 0.9 * plain.sum()

@@ -1,0 +1,38 @@
+"""Scales of one weight [K, N], and zero points where its format has them: plain, and searched."""
+
+from __future__ import annotations
+
+from onnxq import numerics
+from onnxq.algorithms.search import search_ranges, search_scales
+from onnxq.errors import OnnxqError
+from onnxq.formats import QuantScheme
+from onnxq.rounding import Array
+from onnxq.sites import Site
+
+
+def scales_of(site: Site, values: Array, scheme: QuantScheme) -> tuple[Array, Array | None]:
+    """The scales that the largest values ask for, and the zero points of asymmetric formats."""
+    try:
+        if scheme.format.symmetric:
+            return numerics.scales_for(numerics.peaks(values, scheme.granularity), scheme), None
+        return numerics.scales_and_zeros(*numerics.extremes(values, scheme.granularity), scheme)
+    except numerics.ScaleRangeError as error:
+        raise OnnxqError(
+            f"weight {site.weight_name!r} of {site.name!r}: {error}",
+            f"leave the layer: --rule 'leave weight={site.weight_name}'",
+        ) from None
+
+
+def searched(values: Array, h: Array, scheme: QuantScheme) -> tuple[Array, Array | None]:
+    """The same, searched."""
+    if scheme.format.symmetric:
+        return search_scales(values, h, numerics.peaks(values, scheme.granularity), scheme), None
+    return search_ranges(values, h, *numerics.extremes(values, scheme.granularity), scheme)
+
+
+def spread(
+    scale: Array, zero: Array | None, scheme: QuantScheme, shape: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+    """What a code of each element is worth, and its zero point."""
+    step = numerics.steps(scale, scheme, shape)
+    return step, None if zero is None else numerics.zeros(zero, scheme, shape)
