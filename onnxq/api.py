@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from onnxq import record
-from onnxq.base import Precision, convert_base, write_fp16
+from onnxq.base import Precision, convert_base, refuse_little_memory, write_fp16
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
@@ -123,6 +123,8 @@ def quantize(
         report.edits.clear()
         return _saved(Model.load(source), destination, placement, report, started, progress)
     samples = data.open(graph.inputs(), progress) if data.given else None
+    if samples is not None:
+        refuse_little_memory(graph, precision, samples, memory)
     kept = (
         unfinished_beside(
             destination, _run(source, graph, chosen, target, precision, io, samples, load_calib)

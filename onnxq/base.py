@@ -63,6 +63,20 @@ def convert_base(
     return apply_precision(model, plan, convert_io=convert_io)
 
 
+def refuse_little_memory(
+    model: Model, precision: Precision, samples: Samples, memory: int | None
+) -> None:
+    """Refuse, before anything is calibrated, memory that the conversion's ranges do not fit.
+
+    Raises:
+        OnnxqError: what would do.
+    """
+    from onnxq.calibrate.within import refuse_little
+
+    if memory is not None and precision == "fp16" and not in_16_bits(model):
+        refuse_little(model, samples, memory)
+
+
 def in_16_bits(model: Model) -> bool:
     """Whether most of the layers compute in 16 bits as they are."""
     from onnxq.graph.precision import is_fp32

@@ -142,6 +142,11 @@ def ranges_within(
         )
 
 
+def refuse_little(model: Model, samples: Samples, memory: int) -> None:
+    """Raise what `ranges_within` would raise for too little memory, before anything has run."""
+    _divided(model, probed_tensors(model), {}, samples, memory)
+
+
 def divide(
     model: Model, tensors: Sequence[str], watched: Mapping[str, str], samples: Samples
 ) -> tuple[Pieces, Division]:

@@ -22,6 +22,7 @@ from onnxq.calibrate.within import divide
 from onnxq.errors import OnnxqError
 from onnxq.graph.model import Model
 from onnxq.graph.pieces import Pieces
+from onnxq.memory import resident_memory
 
 pytest.importorskip("onnxruntime")
 
@@ -331,6 +332,34 @@ def test_too_little_memory_is_refused_with_what_would_do(tmp_path: Path) -> None
     assert "calibration does not fit into 0.03 GB" in done.stderr
     enough = done.stderr.split("give --memory ")[1].split(",")[0]
     assert quantize(tmp_path, enough).returncode == 0
+
+
+def test_the_step_to_16_bits_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """Calibration needs the small half of this model, the ranges of all tensors the large one."""
+    import onnxq
+
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((64, 64)), "big": rng.standard_normal((64, 1 << 19))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("Gather", ["big", "i"], ["b"], axis=1),
+        helper.make_node("MatMul", ["h", "b"], ["y"]),
+    ]
+    inputs = {"x": (F, ["n", 64]), "i": (TensorProto.INT64, [8])}
+    floats = {name: values.astype(np.float32) for name, values in weights.items()}
+    onnx.save(make_model(nodes, inputs, {"y": F}, floats), tmp_path / "m.onnx")
+    x = rng.standard_normal((4, 64)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, i=np.zeros(8, np.int64))
+    said: list[str] = []
+    with pytest.raises(OnnxqError, match="calibration does not fit into"):
+        onnxq.quantize(
+            tmp_path / "m.onnx",
+            recipe="fp8",
+            calib=tmp_path / "d.npz",
+            memory=resident_memory() + (200 << 20),
+            progress=lambda step, done, total: said.append(step),
+        )
+    assert set(said) == {"read the data"}
 
 
 AT_STEP = """
