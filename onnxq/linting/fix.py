@@ -43,6 +43,7 @@ CURES: dict[str, Cure] = {
     "residual-quantized": fix_products.take_off,
     "raw-sums": fix_products.rescale_behind,
     "merged-scales": fix_products.rescale_behind,
+    "packed-qkv": fix_products.rescale_behind,
 }
 """Rule -> what cures it."""
 

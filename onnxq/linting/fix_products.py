@@ -23,7 +23,7 @@ from onnxq.graph.qdq import (
 from onnxq.graph.query import label, producer, type_number
 from onnxq.graph.weights import Array, array
 from onnxq.linting.attention import behind_scores
-from onnxq.linting.fusing import both_fuse, multiplies_codes, origin
+from onnxq.linting.fusing import both_fuse, in_fp16, multiplies_codes, origin
 from onnxq.linting.subject import Product, Subject
 
 
@@ -130,7 +130,7 @@ def rescale_behind(subject: Subject, editor: Editor, node: Node) -> str | None:
     activation = products[0].activation
     assert activation is not None
     group = [p for p in subject.quantized if _shares(p, origin(activation))]
-    if not all(_is_plain(p) for p in group):
+    if not all(_is_plain(p) and in_fp16(subject, p) for p in group):
         return None
     scales = [_weight_scales(p) for p in group]
     try:

@@ -17,6 +17,7 @@ from onnxq.linting.fusing import (
     origin,
     scale_count,
 )
+from onnxq.linting.layout import is_packed
 from onnxq.linting.subject import Product, Subject, rank_of
 
 
@@ -137,6 +138,8 @@ def raw_sums(subject: Subject) -> Iterator[Found]:
     for product in subject.quantized:
         if not multiplies_codes(product) or not in_fp16(subject, product):
             continue
+        if is_packed(subject, product):
+            continue  # told by `packed-qkv`
         for operand in product.operands:
             if operand.source is None or operand.source.blocked or operand.source.per_tensor:
                 continue

@@ -10,6 +10,7 @@ from onnxq.graph.qdq import MOVING, Operand, Quantizer, quantize_node
 from onnxq.graph.query import label, producer
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.fusing import blocks, has_row_scales, is_weight_only, scale_count
+from onnxq.linting.layout import is_packed, is_strided
 from onnxq.linting.subject import Product, Subject, rank_of
 
 FP8_TAPS = 32
@@ -41,6 +42,8 @@ def weight_only_form(subject: Subject) -> Iterator[Found]:
             continue
         weight = product.weight
         assert weight is not None and weight.source is not None
+        if is_packed(subject, product):
+            continue  # told by `packed-qkv`
         reason = _why_expanded(subject, product, weight)
         if reason:
             yield Found(
@@ -61,6 +64,8 @@ def _why_expanded(subject: Subject, product: Product, weight: Operand) -> str:
         return f"{weight.blocker.op} {label(weight.blocker)!r} stands between"
     if _is_requantized(subject, source):
         return "it is quantized twice"
+    if is_strided(product):
+        return "its activation is transposed right before it"
     if weight.codes in ("int8", "uint8", "fp8"):
         return "its scales are in blocks" if source.blocked else _odd_size(weight)
     if any(node.op == "Cast" for node in weight.path):

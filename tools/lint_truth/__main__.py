@@ -52,7 +52,8 @@ def main() -> None:
         for name, graphs in groups.items():
             found = score(graphs)
             _print(name, found)
-            print(*(f"    {line}" for line in misses(found)), sep="\n", flush=True)
+            for line in misses(found):
+                print(f"    {line}", flush=True)
             total.add(found)
     _print("all", total)
     if not total.reach(BAR):
