@@ -144,16 +144,20 @@ def ort_layout(subject: Subject) -> Iterator[Found]:
         if q.codes not in ("int8", "fp8") or isinstance(q.node.inputs[0], Constant):
             continue
         if q.node.op == "DequantizeLinear":
-            after = [n for n in q.node.outputs[0].outputs if _is_moved(n)]
-            fails = after and (old if q.codes == "fp8" else not old)
-            if q.codes == "fp8" and not old:
-                fails = any(n.op in ("Slice", "Unsqueeze", "Squeeze") for n in after)
-            if fails:
-                yield Found(q.node, f"{after[0].op} {label(after[0])!r} follows it")
+            after = next((n for n in q.node.outputs[0].outputs if _breaks(n, q.codes, old)), None)
+            if after is not None:
+                yield Found(q.node, f"{after.op} {label(after)!r} follows it")
         elif q.codes == "fp8" and old:
             before = producer(q.node.inputs[0])
             if before is not None and before.op in _MOVED_BY_ORT - {"MaxPool"}:
                 yield Found(q.node, f"{before.op} {label(before)!r} stands before it")
+
+
+def _breaks(node: Node, codes: str, old: bool) -> bool:
+    """Whether a reader of a DequantizeLinear makes ONNX Runtime fail."""
+    if codes == "int8":
+        return not old and (_is_moved(node) or _joins_bias(node))
+    return _is_moved(node) and (old or node.op in ("Slice", "Unsqueeze", "Squeeze"))
 
 
 def _is_moved(node: Node) -> bool:
@@ -162,6 +166,17 @@ def _is_moved(node: Node) -> bool:
     return node.op in _MOVED_BY_ORT and not (
         following and all(n.op == "QuantizeLinear" for n in following)
     )
+
+
+def _joins_bias(node: Node) -> bool:
+    """Whether ONNX Runtime makes one Gemm of a product and its bias, with a Reshape before it."""
+    if node.op != "MatMul" or len(node.inputs[1].shape or ()) != 2:
+        return False
+    shape, following = node.inputs[0].shape, node.outputs[0].outputs
+    flat = shape is not None and len(shape) > 2 and all(isinstance(d, int) for d in shape)
+    if not flat or len(following) != 1 or following[0].op != "Add":
+        return False
+    return any(isinstance(t, Constant) and len(t.shape) == 1 for t in following[0].inputs)
 
 
 def ort_fp8(subject: Subject) -> Iterator[Found]:

@@ -45,13 +45,16 @@ def _packed(
     cut: str = "Gather",
     attention: bool = True,
     parts: int = 3,
+    bias: bool = False,
 ) -> onnx.ModelProto:
     """q, k and v cut from one product, as many exporters write it."""
     g = Graph(base)
     x = g.input("x", [2, 48, 64])
     x = x if alone else g.quantized(x, fmt)
     w = g.weight((64, 192), fmt, scale, **({"axis": 1} if np.ndim(scale) else {}))  # type: ignore[arg-type]
-    y = g.op("Add", [g.op("MatMul", [x, w], "product"), g.floats(192)])
+    y = g.op("MatMul", [x, w], "product")
+    if bias:
+        y = g.op("Add", [y, g.floats(192)])
     if cut == "Split":
         found = list("qkv")
         g.op("Split", [y, g.integers(64, 64, 64)], outputs=found, axis=-1)
@@ -73,6 +76,14 @@ def _packed(
     return g.model()
 
 
+def _with_bias(fmt: str) -> onnx.ModelProto:
+    g = Graph()
+    x = g.quantized(g.input("x", [2, 48, 64]), fmt)
+    y = g.op("MatMul", [x, g.weight((64, 96), fmt)], "product")
+    g.output(g.op("Add", [y, g.floats(96)]))
+    return g.model()
+
+
 def add_all() -> None:
     """Put them into the table."""
     for fmt in ("int8", "fp8", "int4"):
@@ -86,6 +97,8 @@ def add_all() -> None:
         rules = () if fmt == "int4" else ("weight-only-form",)
         steps = ("Conv", "Relu", "perm 0 2 3 1", "to 2 64 64")
         add(f"{fmt} weight alone, {', '.join(steps)}", _weights_alone(fmt, *steps), *rules)
+    add("int8 linear with a bias", _with_bias("int8"), "onnxruntime-layout")
+    add("fp8 linear with a bias", _with_bias("fp8"))
     for fmt in ("int8", "fp8"):
         add(f"{fmt} packed q, k, v", _packed(fmt), "packed-qkv")
         add(f"{fmt} packed q, k, v, one scale", _packed(fmt, scale=0.01))
@@ -93,4 +106,5 @@ def add_all() -> None:
     add("int8 packed q, k, v, Split", _packed(cut="Split"), "packed-qkv")
     add("int8 packed q, k, v, fp32", _packed(base="fp32"), "packed-qkv")
     add("int8 packed, no attention", _packed(attention=False), "raw-sums")
+    add("int8 packed q, k, v, bias", _packed(bias=True), "packed-qkv", "onnxruntime-layout")
     add("int8 packed q and k", _packed(parts=2), "raw-sums")
