@@ -51,6 +51,8 @@ def scale(m: Mutant) -> str:
 
 def insert(m: Mutant) -> str:
     edges = m.edges(*_FLOATS)
+    if not edges:
+        return ""
     node, index = m.pick(edges)
     label, tensor = node.name, node.input[index]
     kind, rank = m.types[tensor], m.ranks.get(tensor, 0)
@@ -81,7 +83,10 @@ def insert(m: Mutant) -> str:
 
 
 def cast(m: Mutant) -> str:
-    node, index = m.pick(m.edges(*_FLOATS))
+    edges = m.edges(*_FLOATS)
+    if not edges:
+        return ""
+    node, index = m.pick(edges)
     label = node.name
     kind = m.types[node.input[index]]
     other = _FLOATS[1 - _FLOATS.index(kind)]
@@ -95,6 +100,8 @@ def cast(m: Mutant) -> str:
 
 def quantize(m: Mutant) -> str:
     edges = [(n, i) for n, i in m.edges(*_FLOATS) if n.op_type not in ("QuantizeLinear",)]
+    if not edges:
+        return ""
     node, index = m.pick(edges)
     label = node.name
     word = m.pick(list(_CODES))
