@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnxq.graph.qdq import same_scale
+from onnxq.graph.qdq import Operand, same_scale
 from onnxq.graph.query import label
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.fusing import (
@@ -52,18 +52,18 @@ def mixed_formats(subject: Subject) -> Iterator[Found]:
     for product in subject.products:
         if id(product.node) in subject.in_attention and both_fuse(product):
             one, other = product.operands
-            if {one.codes, other.codes} == {"int8", "fp8"}:
+            if {_read(one), _read(other)} == {"int8", "fp8"}:
                 yield Found(
                     product.node, f"it multiplies {one.codes.upper()} by {other.codes.upper()}"
                 )
     for product in subject.quantized:
         one, other = product.operands
-        if not both_fuse(product) or one.codes == other.codes:
+        if not both_fuse(product) or _read(one) == _read(other):
             continue
         if product.kind == "transposed conv":
             continue  # dequantized in any case
-        codes = {one.codes, other.codes}
-        if "uint8" in codes or not codes <= {"int8", "fp8", "int4", "fp4"}:
+        codes = {_read(one), _read(other)}
+        if not codes <= {"int8", "fp8", "int4", "fp4"}:
             continue
         weight = product.weight
         if codes == {"int8", "int4"} and weight is not None and weight.source is not None:
@@ -78,6 +78,11 @@ def mixed_formats(subject: Subject) -> Iterator[Found]:
                 )
                 continue
         yield Found(product.node, f"it multiplies {one.codes.upper()} by {other.codes.upper()}")
+
+
+def _read(operand: Operand) -> str:
+    """An operand's codes as the parser reads them: UINT8 as INT8."""
+    return "int8" if operand.codes == "uint8" else operand.codes
 
 
 def four_bit_activation(subject: Subject) -> Iterator[Found]:

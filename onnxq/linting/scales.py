@@ -73,10 +73,10 @@ def scale_value(subject: Subject) -> Iterator[Found]:
         if values is None:
             continue
         bad = ~(values > 0)
-        if q.codes in ("int4", "fp4"):  # 4-bit scales may be 0 or negative
+        if q.codes == "int4":  # its scales may be 0 or negative
             bad = np.isnan(values)
         if bad.any():
-            severity = Severity.NUMBERS if q.codes in ("int4", "fp4") else None
+            severity = Severity.NUMBERS if q.codes == "int4" else None
             worst = values[bad][0]
             what = "0 (an FP16 scale below 6e-8 is)" if worst == 0 else f"{worst:g}"
             yield Found(q.node, f"its scale is {what}{_among(bad)}", severity)

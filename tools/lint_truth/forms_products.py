@@ -75,6 +75,7 @@ def _products() -> None:
         )
     add("int8 channels, fp32", linear(base="fp32", weight_scale=np.full(96, 0.01), axis=1))
     add("int8 x fp8", linear("int8", "fp8"), "mixed-formats")
+    add("uint8 x fp8", linear("uint8", "fp8"), "mixed-formats", "uint8")
     add("fp8 x int8 conv", conv("fp8", "int8"), "mixed-formats")
     add("fp8 x int4", linear("fp8", "int4"), "mixed-formats")
     add("int8 x int4, a scale", linear("int8", "int4"), "mixed-formats")
