@@ -10,8 +10,9 @@ import onnx
 from onnxq.gpus import target
 from onnxq.graph.model import Model
 from onnxq.linting.run import Lint, lint
+from tools.lint_truth.patients import restore
 
-PATIENTS = Path(__file__).parent / "patients"
+PATIENTS = restore()
 SHAPES = {
     "bert": ("ids:1x32,2x32,4x64", "mask:1x32,2x32,4x64"),
     "cnn": ("x:1x3x64x64,2x3x64x64,4x3x64x64",),

@@ -12,10 +12,10 @@ from onnx import TensorProto, numpy_helper, utils
 
 import onnxq
 from onnxq.samples import Data
+from tools.lint_truth.patients import restore
 from tools.lint_truth.score import Graph
 
 MODELS = Path("models/out")
-PATIENTS = Path("tests/lint/patients")
 ROWS = 64
 """Of an embedding: the words it has do not matter here, and each graph is saved many times."""
 RECIPES = (
@@ -128,7 +128,7 @@ def _samples(path: Path, shapes: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def peers() -> Iterator[Graph]:
     """The patients of the tests, and the whole models that `make bench-peers` left."""
-    for path in sorted(PATIENTS.glob("*_*.onnx")):
+    for path in sorted(restore().glob("*_*.onnx")):
         shapes = ("ids:1x32,2x32,4x64", "mask:1x32,2x32,4x64") if "bert" in path.stem else ()
         yield Graph(path.stem, path, "sm89", shapes or ("x:1x3x64x64,2x3x64x64,4x3x64x64",))
     for path in sorted(MODELS.glob("bench/minilm/*.*/model.onnx")):
