@@ -234,6 +234,7 @@ def build(
     data: PathLike | Data | None = None,
     backend: str | None = None,
     strict: bool = False,
+    sparse: bool | None = None,
     cards: Sequence[str] = (),
     beside: PathLike | None = None,
     progress: Progress = silent,
@@ -247,6 +248,7 @@ def build(
             again, are several profiles.
         data: samples whose smallest, middle and largest shapes make the profile.
         strict: `passed` is False unless every quantized product runs in its format.
+        sparse: whether kernels may skip zeros; None: where the model's record says 2:4.
         cards: GPUs to predict a run on (see `predicting`); none: those of the target, where the
             shapes are fixed.
         beside: the original, to predict beside it.
@@ -265,6 +267,8 @@ def build(
         raise OnnxqError(f"no such file: {original}", "name the model's .onnx file")
     graph = Model.load(source)
     infer_types(graph)
+    if sparse is None:
+        sparse = record.sparsity(graph) == "2:4"
     profiles: Sequence[Any] = split_profiles(shapes)
     if given.given:
         if profiles:
@@ -277,6 +281,7 @@ def build(
         shapes=profiles,
         nodes=expected_products(graph),
         backend=backend,
+        sparse=sparse,
         progress=progress,
     )
     coverage = built.coverage
@@ -292,6 +297,8 @@ def build(
         weight_bytes=dict(coverage.weight_bytes),
         coverage=coverage.to_json(),
         commands=built.commands(),
+        sparse=built.sparse,
+        sparsity=list(built.sparsity),
     )
     if not built.targets and not cards:  # the GPU at hand, whichever it is
         found = []

@@ -354,6 +354,11 @@ def recipes() -> None:
     type=click.Choice(["tensorrt_rtx", "tensorrt"]),
     help="[default: tensorrt_rtx, ahead of time, no GPU needed]",
 )
+@click.option(
+    "--sparse/--dense",
+    default=None,
+    help="Whether kernels may skip zeros.  [default: where onnxq put in 2:4 zeros]",
+)
 @click.option("--strict", is_flag=True, help="Exit 1 if a quantized layer did not end in 8 bits.")
 @click.option(
     "--gpu",

@@ -248,6 +248,7 @@ def from_dict(content: Mapping[str, Any], source: str) -> Recipe:
             f"fields are: {', '.join(sorted(known))} (or does it come from a newer onnxq?)",
         )
     values = {"name": Path(source).stem, **content}
+    values["sparsity"] = _unread(values.get("sparsity", ""))
     _check_types(f"recipe {source}", values)
     values["rules"] = tuple(rule_from(r, f"recipe {source}") for r in values.get("rules", ()))
     values["ops"] = tuple(values.get("ops", _OPS))
@@ -262,6 +263,13 @@ _WORDS: dict[type, str] = {
     list: "a list",
     str: "text",
 }
+
+
+def _unread(value: Any) -> Any:
+    """A pattern as it was typed: YAML reads a bare 2:4 as sixties, 124, and 0.5 as a number."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
+        return f"{value // 60}:{value % 60}"
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _check_types(where: str, values: Mapping[str, Any]) -> None:

@@ -80,6 +80,12 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def sparsity(model: Model) -> str:
+    """The pattern of zeros that a recorded run put into a model; '' for none."""
+    recipe = (read(model) or {}).get("recipe")
+    return str(recipe.get("sparsity") or "") if isinstance(recipe, dict) else ""
+
+
 def pruned(content: Mapping[str, Any]) -> frozenset[str] | None:
     """The nodes whose weights a recorded run pruned; None where it pruned nothing."""
     recipe, edits = content.get("recipe"), content.get("edits")

@@ -272,6 +272,9 @@ def built_lines(result: Built) -> list[str]:
         f"{result.report.title} in {facts['seconds']:.1f} s ({versions})",
         *(f"  {line}" for line in coverage.summary()),
     ]
+    if facts["sparse"]:
+        said = facts["sparsity"] or ["allowed; what is chosen, the compiler says where the GPU is"]
+        lines += [f"  sparse weights: {line}" for line in said]
     reasons: dict[str, list[str]] = {}
     for missed in coverage.missed:
         text = f"wanted {missed.node.wanted}, ran in {missed.ran}: {missed.reason}"

@@ -25,7 +25,10 @@ def peak():  # of this program alone: ru_maxrss would begin with its parent's
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
 
-onnxq.quantize(sys.argv[1], sys.argv[2], recipe=sys.argv[3], target=sys.argv[4])
+if sys.argv[3] == "prune":
+    onnxq.prune(sys.argv[1], sys.argv[2])
+else:
+    onnxq.quantize(sys.argv[1], sys.argv[2], recipe=sys.argv[3], target=sys.argv[4])
 print(json.dumps(peak()))
 """
 
@@ -107,3 +110,19 @@ def test_five_gigabytes_in_little_memory(
         path.unlink()
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout) < 600e6
+
+
+def test_pruning_by_magnitude_takes_the_memory_of_one_weight(models: Path, tmp_path: Path) -> None:
+    """540 MB of weights; the program itself takes about 110 MB."""
+    source, out = models / "smollm2-fp32/model.onnx", tmp_path / "out.onnx"
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, source, out, "prune", ""],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout) < 220e6
+    assert onnxq.check_zeros(out).passed
+    for path in tmp_path.iterdir():
+        path.unlink()

@@ -31,6 +31,7 @@ class BuildResult:
 
     `engine` is None when nothing was written. `targets` is empty for the GPU at hand. Sizes are
     in bytes, times in seconds. `model_sha256` covers the model file, not its external data.
+    `sparsity` is what the compiler said of kernels that skip zeros, where `sparse` allowed them.
     """
 
     engine: Path | None
@@ -48,12 +49,14 @@ class BuildResult:
     warnings: tuple[str, ...]
     layers: tuple[EngineLayer, ...]
     coverage: Coverage
+    sparse: bool = False
+    sparsity: tuple[str, ...] = ()
 
     def commands(self) -> list[str]:
         """Command lines that build and check the same engine on the machine with the GPU."""
         engine = self.engine or self.model.with_suffix(".plan")
-        lines = commands.trtexec_commands(self.model, engine, self.profiles)
-        lines.append(commands.polygraphy_convert(self.model, engine, self.profiles))
+        lines = commands.trtexec_commands(self.model, engine, self.profiles, self.sparse)
+        lines.append(commands.polygraphy_convert(self.model, engine, self.profiles, self.sparse))
         lines.append(commands.polygraphy_run(self.model, self.profiles))
         return lines
 
@@ -68,6 +71,7 @@ def build(
     backend: str | None = None,
     memory_limit: int | None = None,
     workspace: int | None = None,
+    sparse: bool = False,
     progress: Progress = silent,
 ) -> BuildResult:
     """Compile `model` for `target`; write the engine and its sidecar `<output>.json`.
@@ -82,6 +86,7 @@ def build(
         backend: `tensorrt_rtx` or `tensorrt`; by default the first that is installed.
         memory_limit: bytes of memory the compile may take; None for no limit.
         workspace: bytes of GPU memory one layer may use while it runs; None for no limit.
+        sparse: whether kernels may skip zeros where two of every four weights are zero.
 
     Raises:
         OnnxqError: the model cannot be imported or compiled, or its layers cannot be read;
@@ -91,14 +96,14 @@ def build(
     targets = tuple(entry.name for entry in parse_targets(target, chosen))
     if not model.is_file():
         raise OnnxqError(f"no such model file: {model}")
-    plain = Request(str(model.resolve()), None, targets, read_shapes(shapes), workspace)
+    plain = Request(str(model.resolve()), None, targets, read_shapes(shapes), workspace, sparse)
 
     def run(engine: Path | None) -> BuildResult:
         request = dataclasses.replace(plain, engine=str(engine.resolve()) if engine else None)
         answer = compile_all([request], chosen, memory_limit=memory_limit, progress=progress)[0]
         if isinstance(answer, OnnxqError):
             raise answer
-        return _result(model, output, chosen, targets, answer, nodes)
+        return _result(model, output, chosen, targets, answer, nodes, sparse)
 
     if output is None:
         return run(None)
@@ -141,6 +146,8 @@ def describe(result: BuildResult) -> dict[str, Any]:
         "layers": len(result.layers),
         "coverage": result.coverage.to_json(),
         "warnings": list(result.warnings),
+        "sparse": result.sparse,
+        "sparsity": list(result.sparsity),
         "commands": result.commands(),
     }
 
@@ -157,6 +164,7 @@ def _result(
     targets: tuple[str, ...],
     outcome: Outcome,
     nodes: Iterable[WeightedNode],
+    sparse: bool,
 ) -> BuildResult:
     layers = tuple(backend.layers(list(outcome.log), list(outcome.inspected)))
     return BuildResult(
@@ -175,4 +183,6 @@ def _result(
         warnings=outcome.warnings,
         layers=layers,
         coverage=cover(layers, nodes, outcome.profiles),
+        sparse=sparse,
+        sparsity=outcome.sparsity,
     )

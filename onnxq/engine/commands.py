@@ -15,7 +15,9 @@ from onnxq.engine.shapes import Profile, Shape, format_shape
 from onnxq.gpus import target
 
 
-def trtexec_commands(model: Path, engine: Path, profiles: Sequence[Profile]) -> list[str]:
+def trtexec_commands(
+    model: Path, engine: Path, profiles: Sequence[Profile], sparse: bool = False
+) -> list[str]:
     """`trtexec` for the GPU at hand; with several profiles one command, and engine, a profile.
 
     `--stronglyTyped` makes TensorRT 10 take the types from the file, as later ones always do.
@@ -24,6 +26,7 @@ def trtexec_commands(model: Path, engine: Path, profiles: Sequence[Profile]) -> 
     for index, profile in enumerate(profiles or [()]):
         name = engine if len(profiles) < 2 else engine.with_name(f"{engine.name}.{index}")
         words = ["trtexec", f"--onnx={model}", f"--saveEngine={name}", "--stronglyTyped"]
+        words += ["--sparsity=enable"] if sparse else []
         words += _trtexec_shapes(profile)
         words += ["--profilingVerbosity=detailed", f"--exportLayerInfo={name}.layers.json"]
         commands.append(shlex.join(words))
@@ -41,9 +44,12 @@ def rtx_command(
     return shlex.join([*words, "--skipInference"])
 
 
-def polygraphy_convert(model: Path, engine: Path, profiles: Sequence[Profile]) -> str:
+def polygraphy_convert(
+    model: Path, engine: Path, profiles: Sequence[Profile], sparse: bool = False
+) -> str:
     """`polygraphy convert` for the GPU at hand, with all profiles."""
     words = ["polygraphy", "convert", str(model), "-o", str(engine), "--strongly-typed"]
+    words += ["--sparse-weights"] if sparse else []
     for profile in profiles:
         words += _polygraphy_shapes(profile)
     return shlex.join(words)

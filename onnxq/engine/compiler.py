@@ -22,6 +22,8 @@ _POSITIONS = re.compile(
     r"\S+: Error Code \d+: |^\w+\.cpp:\d+: |^ *\(foreignNode\) |\[\S+:\d+: \w+\] |"
     r"\.? In \w+ at /\S+:\d+"
 )
+_SPARSITY = "(Sparsity) "
+"""How many layers it found that could skip zeros, and how many it chose to let: on a GPU alone."""
 _NOISE = re.compile(r"has Int64 binding")
 """Warnings that ask for nothing: the parser says this of every INT64 input."""
 
@@ -29,14 +31,15 @@ _NOISE = re.compile(r"has Int64 binding")
 class Log:
     """The log of one process: TensorRT keeps the first logger it was given, so there is one.
 
-    Keeps warnings, errors and what starts with `Layers:`; the rest (tens of thousands of lines
-    for a large model) is dropped as it comes.
+    Keeps warnings, errors, what it says of sparse kernels and what starts with `Layers:`; the rest
+    (tens of thousands of lines for a large model) is dropped as it comes.
     """
 
     def __init__(self, trt: Any) -> None:
         self.layers: list[str] = []
         self.warnings: list[str] = []
         self.errors: list[str] = []
+        self.sparsity: list[str] = []
         outer = self
 
         class Logger(trt.ILogger):  # type: ignore[misc]  # a class of an untyped module
@@ -46,6 +49,8 @@ class Log:
             def log(self, severity: Any, message: str) -> None:
                 if message.startswith("Layers:"):
                     outer.layers.append(message)
+                elif message.startswith(_SPARSITY):
+                    outer.sparsity.append(_plain(message.removeprefix(_SPARSITY)))
                 elif severity <= trt.ILogger.ERROR:
                     outer.errors.append(message)
                 elif severity == trt.ILogger.WARNING and not _NOISE.search(message):
@@ -55,7 +60,7 @@ class Log:
 
     def clear(self) -> None:
         """Forget what the previous compile said."""
-        for kept in (self.layers, self.warnings, self.errors):
+        for kept in (self.layers, self.warnings, self.errors, self.sparsity):
             kept.clear()
 
 
@@ -99,6 +104,7 @@ def compile_model(
         log=tuple(log.layers),
         inspected=tuple(inspected),
         warnings=tuple(dict.fromkeys(log.warnings)),
+        sparsity=tuple(dict.fromkeys(log.sparsity)),
     )
 
 
@@ -123,6 +129,8 @@ def _configure(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
+    if request.sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     for profile in profiles:
         if profile:
             made = builder.create_optimization_profile()

@@ -15,6 +15,7 @@ class Request:
     """What to compile. Paths are absolute; `engine` None compiles and writes nothing.
 
     `workspace` is GPU memory in bytes that one layer may use while it runs, None for no limit.
+    `sparse` lets the compiler use kernels that skip zeros where two of every four are.
     """
 
     model: str
@@ -22,6 +23,7 @@ class Request:
     targets: tuple[str, ...]
     profiles: tuple[Profile, ...]
     workspace: int | None = None
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Outcome:
     log: tuple[str, ...]
     inspected: tuple[str, ...]
     warnings: tuple[str, ...]
+    sparsity: tuple[str, ...] = ()
 
 
 Answer = Outcome | OnnxqError
@@ -55,6 +58,7 @@ def request_from_json(content: dict[str, Any]) -> Request:
         targets=tuple(content["targets"]),
         profiles=_profiles(content["profiles"]),
         workspace=content["workspace"],
+        sparse=content["sparse"],
     )
 
 
@@ -79,6 +83,7 @@ def answer_from_json(content: dict[str, Any]) -> Answer:
         log=tuple(outcome["log"]),
         inspected=tuple(outcome["inspected"]),
         warnings=tuple(outcome["warnings"]),
+        sparsity=tuple(outcome["sparsity"]),
     )
 
 

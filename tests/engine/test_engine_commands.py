@@ -37,6 +37,13 @@ def test_trtexec() -> None:
     ]
 
 
+def test_sparse_weights_are_said() -> None:
+    words = shlex.split(trtexec_commands(MODEL, ENGINE, ONE, sparse=True)[0])
+    assert words[4] == "--sparsity=enable"
+    assert "--sparse-weights" in shlex.split(polygraphy_convert(MODEL, ENGINE, ONE, sparse=True))
+    assert "spars" not in polygraphy_convert(MODEL, ENGINE, ONE)
+
+
 def test_trtexec_takes_one_profile_a_command() -> None:
     lines = trtexec_commands(MODEL, ENGINE, TWO)
     assert [[w for w in shlex.split(x) if "save" in w or "opt" in w] for x in lines] == [

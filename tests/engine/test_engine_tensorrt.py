@@ -73,6 +73,7 @@ class StandIn:
                 asked["config"] = SimpleNamespace(
                     add_optimization_profile=lambda p: asked.setdefault("profiles", []).append(p),
                     set_memory_pool_limit=lambda pool, size: asked.update(pool=(pool, size)),
+                    set_flag=lambda flag: asked.setdefault("flags set", []).append(flag),
                 )
                 return asked["config"]
 
@@ -80,6 +81,9 @@ class StandIn:
                 return Profile()
 
             def build_serialized_network(self, net: Any, config: Any) -> Plan | None:
+                if "flags set" in asked:
+                    for said in ("Found 2 layer(s) eligible", "Chose 1 layer(s)"):
+                        self.logger.log(4, f"(Sparsity) {said} to use sparse tactics: a")
                 if not builds:
                     self.logger.log(ILogger.ERROR, "kernel: Error Code 9: no tactic")
                 return Plan(b"plan") if builds else None
@@ -119,6 +123,7 @@ class StandIn:
             SimpleNamespace(STRONGLY_TYPED=1) if typed else SimpleNamespace()
         )
         self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+        self.BuilderFlag = SimpleNamespace(SPARSE_WEIGHTS="sparse")
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
         self.LayerInformationFormat = SimpleNamespace(JSON="json")
 
@@ -144,6 +149,18 @@ def test_it_builds_strongly_typed_and_detailed_and_reads_the_inspector(tmp_path:
     (layer,) = BACKENDS["tensorrt"].layers(list(outcome.log), list(outcome.inspected))
     assert layer.onnx_nodes == ("a", "dq")
     assert [t.dtype for t in layer.inputs + layer.constants] == ["fp8", "fp8"]
+
+
+def test_sparse_kernels_are_allowed_where_asked_and_what_is_said_of_them_kept() -> None:
+    trt = StandIn()
+    outcome = compile_with(trt, sparse=True)
+    assert trt.asked["flags set"] == ["sparse"]
+    assert outcome.sparsity == (
+        "Found 2 layer(s) eligible to use sparse tactics: a",
+        "Chose 1 layer(s) to use sparse tactics: a",
+    )
+    trt = StandIn()
+    assert compile_with(trt).sparsity == () and "flags set" not in trt.asked
 
 
 def test_a_module_without_the_flag_is_strongly_typed_anyway() -> None:
