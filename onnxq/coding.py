@@ -24,6 +24,9 @@ from onnxq.rounding import Array, Nearest, Rounded, Rounding
 from onnxq.schemes import granularity
 from onnxq.sites import Site
 
+_MOST_SHARED = 32.0
+"""A float is as exact under a larger scale, while enough exponents are left: 10 of FP8's 15."""
+
 
 class Coder:
     """Codes weights under one recipe; the same object for layers that use a weight alike."""
@@ -57,6 +60,10 @@ class Coder:
         """The compiler makes one product of them, with one scale."""
         schemes = [self._scheme(site, "float32") for site in sites]
         behind = False
+        if self.recipe.weight_format.is_float and all(
+            scheme.granularity == PerTensor() for scheme in schemes
+        ):
+            self.nearest.share(sites, PerTensor(), _MOST_SHARED)
         if dtype.itemsize == 2:
             scales = [
                 numerics.scales_for(self.nearest.peaks(site, scheme.granularity), scheme)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from onnxq.errors import OnnxqError
-from onnxq.formats import PerBlock
+from onnxq.formats import PerBlock, PerTensor
 from onnxq.gpus import Target
 from onnxq.graph.model import Model
 from onnxq.graph.query import label
@@ -159,7 +159,7 @@ def _said(site: Site, recipe: Recipe) -> str:
     if site.kind == "attention":
         return f"{recipe.activations} q, k, v and softmax ({how})"
     divided = granularity(site, recipe)
-    each = f"per {recipe.weight_granularity}"
+    each = "per tensor" if isinstance(divided, PerTensor) else "per channel"
     if isinstance(divided, PerBlock):
         each = f"in blocks of {divided.size}"
     if recipe.activation_format is None:

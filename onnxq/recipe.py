@@ -60,6 +60,8 @@ class Recipe:
         weights: format of the weights, or `none`: they are pruned, and stay in their type.
         weight_granularity: `channel` (one scale an output channel) or `tensor`; formats that come
             in blocks have a scale a block whatever it says.
+        qkv_granularity: the same for the layers that make q, k and v, where rules go by role: a
+            scale a channel costs each of them a kernel between its product and the attention.
         block_size: elements under one scale of a 4-bit weight; a power of two. A layer whose
             length it does not divide gets a smaller one. 0: the format says.
         activations: format of the activations, or `none`: only weights are quantized.
@@ -93,6 +95,7 @@ class Recipe:
     description: str = ""
     weights: str = "fp8"
     weight_granularity: Literal["channel", "tensor"] = "channel"
+    qkv_granularity: Literal["channel", "tensor"] = "channel"
     block_size: int = 0
     activations: str = "fp8"
     mode: Mode = "static"
@@ -305,7 +308,8 @@ def _check_values(recipe: Recipe) -> None:
         )
     _check_formats(recipe, where)
     check_choice(where, "mode", recipe.mode, ("static", "dynamic"))
-    check_choice(where, "weight_granularity", recipe.weight_granularity, ("channel", "tensor"))
+    for name in ("weight_granularity", "qkv_granularity"):
+        check_choice(where, name, getattr(recipe, name), ("channel", "tensor"))
     for name in ("lm_head", "first", "last"):
         check_choice(where, name, getattr(recipe, name), CHOICES)
     for op in recipe.ops:

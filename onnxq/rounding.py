@@ -83,6 +83,19 @@ class Nearest:
             self._peaks[key] = finite_peaks(site, _operand(site).load(), granularity)
         return self._peaks[key]
 
+    def share(self, sites: Sequence[Site], granularity: Granularity, most: float) -> None:
+        """Give several weights one scale: that of the largest magnitude in any of them.
+
+        Args:
+            most: how many times its own largest magnitude that may be, for all of them or none.
+        """
+        found = [self.peaks(site, granularity) for site in sites]
+        largest = np.max(found, axis=0)
+        if (largest > most * np.min(found, axis=0)).any():
+            return
+        for site in sites:
+            self._peaks[(*_identity(site), granularity)] = largest
+
 
 def _rounded(site: Site, scheme: QuantScheme, peak: Array | None) -> Rounded:
     if not scheme.format.symmetric:

@@ -37,7 +37,10 @@ def granularity(site: Site, recipe: Recipe) -> Granularity | None:
         axis = summed_axis(site)
         size = block_for(site.operand.shape[axis], recipe)
         return PerBlock(axis, size) if size else None
-    return PerTensor() if recipe.weight_granularity == "tensor" else PerChannel(output_axis(site))
+    whole = recipe.weight_granularity == "tensor"
+    if whole or (recipe.qkv_granularity == "tensor" and site.role == "qkv"):
+        return PerTensor()
+    return PerChannel(output_axis(site))
 
 
 def block_for(length: int, recipe: Recipe) -> int:

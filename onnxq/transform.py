@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from onnxq.pruning import prune, thinned
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
 from onnxq.rounding import Rounding
+from onnxq.sharing import shared_ranges
 from onnxq.sites import is_current
 from onnxq.solving import Solver
 from onnxq.threads import in_order
@@ -167,6 +168,8 @@ def apply_placement(
     stale = [d.site.name for d in placement.quantized if not is_current(d.site)]
     if stale:
         raise AssertionError(f"{stale[0]!r} was rescaled: take Placement.current() first")
+    if ranges is not None and placement.recipe.qkv_granularity == "tensor":
+        ranges = shared_ranges(placement, ranges)
     editor = Editor(model)
     solver = rounding if isinstance(rounding, Solver) else None
     if placement.recipe.quantizes:
@@ -191,16 +194,32 @@ def _quantize(
 ) -> None:
     emitter, coder = Emitter(editor), Coder(placement.recipe, rounding)
     done, total = 0, len(placement.quantized)
+    gains = _moved_factors(emitter, placement)  # before layers get factors of their own
     groups = _groups(placement)
     for group, coded in zip(groups, _coded(coder, groups), strict=True):
         if group[0].attention is not None:
             assert ranges is not None  # recipes quantize attention with static scales only
             for site in group:
-                _quantize_attention(emitter, site, placement.recipe, ranges)
+                _quantize_attention(emitter, site, placement.recipe, ranges, gains)
         else:
             _quantize_layers(emitter, coder, group, coded, ranges)
         done += len(group)
         progress("quantizing", done, total)
+
+
+def _moved_factors(emitter: Emitter, placement: Placement) -> dict[int, tuple[float, float]]:
+    """Move constant factors onto q; by id of the scores, what q and k are multiplied by since.
+
+    Where attention is left in 16 bits and roles are known too: k, rescaled behind its product,
+    would take three kernels to the attention instead of one.
+    """
+    exact = placement.recipe.qkv_granularity == "tensor"
+    return {
+        id(decision.site.node): emitter.scale_before_product(decision.site.node, exact=exact)
+        for decision in placement.decisions
+        if decision.site.attention is not None
+        and (decision.quantized or decision.site.role == "attention")
+    }
 
 
 def _groups(placement: Placement) -> list[list[Site]]:
@@ -332,14 +351,19 @@ def _take_bias(editor: Editor, site: Site, rank: int) -> Tensor | None:
     )
 
 
-def _quantize_attention(emitter: Emitter, site: Site, recipe: Recipe, ranges: Ranges) -> None:
+def _quantize_attention(
+    emitter: Emitter,
+    site: Site,
+    recipe: Recipe,
+    ranges: Ranges,
+    gains: Mapping[int, tuple[float, float]],
+) -> None:
     """Q/DQ right at q, k, v and the probabilities: all four, or TensorRT fuses none."""
     attention, fmt = site.attention, recipe.activation_format
     assert attention is not None and fmt is not None
     scores, values = attention.scores, attention.values
-    factor = emitter.scale_before_product(scores)
     for node, index in _measured_inputs(site):
-        peak = ranges[id(node), index].peak * (factor if node is scores and index == 0 else 1.0)
+        peak = ranges[id(node), index].peak * (gains[id(node)][index] if node is scores else 1.0)
         node.inputs[index] = _static(emitter, node, index, fmt, peak)
     values.inputs[0] = _static(emitter, values, 0, fmt, SOFTMAX_PEAK)
 

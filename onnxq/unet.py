@@ -110,7 +110,7 @@ class _Positions:
             if site.attention is not None:
                 values = site.attention.values.inputs[1]
                 for tensor in (*site.node.inputs[:2], values):
-                    self.operands |= _makers(tensor)
+                    self.operands |= makers(tensor)
 
     def role(self, site: Site) -> str:
         node = site.node
@@ -149,7 +149,7 @@ def _behind(model: Model, start: frozenset[int]) -> set[int]:
     return found
 
 
-def _makers(tensor: Tensor) -> set[int]:
+def makers(tensor: Tensor) -> set[int]:
     """The linear layers that a tensor comes from, through layout, scaling and biases."""
     found, stack = set(), [tensor]
     while stack:

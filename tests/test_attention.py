@@ -135,7 +135,8 @@ def test_the_factor_moves_onto_q_without_changing_the_numbers(how: Spelling) -> 
     moved = Emitter(editor).scale_before_product(found.scores)
     editor.finish()
     behind = how.scale in ("mul", "mul-first", "div")
-    assert moved == (0.25 if behind else 1.0)
+    # Of q and k, against before: with a root of 1/4 each, k loses its own and q takes it.
+    assert moved == ((0.25, 1.0) if behind else (0.5, 2.0) if how.scale == "qk" else (1.0, 1.0))
     if behind:
         product = next(n for n in model.graph.nodes if n.name == "/scores")
         assert product.inputs[0].inputs[0].op == "Mul"
@@ -145,13 +146,15 @@ def test_the_factor_moves_onto_q_without_changing_the_numbers(how: Spelling) -> 
     np.testing.assert_array_equal(before, after)
 
 
-def test_a_factor_that_is_no_power_of_two() -> None:
+@pytest.mark.parametrize(("exact", "onto_q"), [(False, 48**-0.5), (True, 0.125)])
+def test_a_factor_that_is_no_power_of_two(exact: bool, onto_q: float) -> None:
+    """Under one scale for q, k and v, q takes a power of two; the rest stands behind."""
     net = attention_net(FIRST, head=48)
     model = net.loaded(21)
     editor = Editor(model)
-    moved = Emitter(editor).scale_before_product(attentions(model)[0].scores)
+    moved = Emitter(editor).scale_before_product(attentions(model)[0].scores, exact=exact)
     editor.finish()
-    assert moved == pytest.approx(48**-0.5, rel=1e-7)
+    assert moved == (pytest.approx(onto_q, rel=1e-7), 1.0)
     before, after = run(net.model(), feeds(net))[0], run(model.export(), feeds(net))[0]
     # FP32 rounds 2^-24 of each product, of sums of 48: 120 dB would be none of it in 20 bits.
     assert snr(before, after) > 120
@@ -222,9 +225,10 @@ def test_all_four_operands_are_quantized(how: Spelling) -> None:
     producer = {o: n for n in model.graph.node for o in n.output}
     nodes = {n.name: n for n in model.graph.node}
     factor = 0.25 if how.scale in ("mul", "mul-first", "div") else 1.0
+    root = 0.5 if how.scale == "qk" else 1.0  # k's moves to q
     expected = {
-        ("/scores", 0): PEAKS["q"] * factor / 448,
-        ("/scores", 1): PEAKS["k"] / 448,
+        ("/scores", 0): PEAKS["q"] * factor * root / 448,
+        ("/scores", 1): PEAKS["k"] / root / 448,
         ("/values", 0): 1 / 448,
         ("/values", 1): PEAKS["v"] / 448,
     }

@@ -152,6 +152,31 @@ def factors_behind(model: Model, scores: gs.Node) -> list[tuple[gs.Node, float]]
     return found
 
 
+def factors_before(tensor: gs.Tensor) -> list[tuple[gs.Node, float]]:
+    """The Mul and Div by a constant between the layer that makes q, k or v and their product.
+
+    Each with the factor it stands for, nearest to the product first. Only what nobody else reads:
+    the factors can be moved to the other operand.
+    """
+    found: list[tuple[gs.Node, float]] = []
+    for _ in range(_LONGEST):
+        node = producer(tensor)
+        if node is None or len(tensor.outputs) != 1:
+            break
+        if node.op in ("Mul", "Div"):
+            data = next((t for t in node.inputs if scalar(t) is None), None)
+            value = _factor(node, data) if data is not None else None
+            if data is None or value is None:
+                break
+            found.append((node, value))
+            tensor = data
+        elif node.op in ("Reshape", "Transpose", "Identity", "Cast"):
+            tensor = node.inputs[0]
+        else:
+            break
+    return found
+
+
 def _factor(node: gs.Node, tensor: gs.Tensor) -> float | None:
     """What a Mul or Div by one constant number multiplies `tensor` by, finite and positive."""
     constant = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]

@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq import numerics
 from onnxq.formats import QuantFormat
-from onnxq.graph.attention import factors_behind
+from onnxq.graph.attention import factors_before, factors_behind
 from onnxq.graph.dtypes import graph_dtype, value_dtype
 from onnxq.graph.edit import Editor
 from onnxq.graph.emit_blocks import fp4_blocks, mx_blocks
@@ -142,31 +142,47 @@ class Emitter:
             self._alive.append(tensor)
         return self._made[known]  # type: ignore[no-any-return]
 
-    def scale_before_product(self, scores: gs.Node) -> float:
-        """Move the constant factors between the scores of an attention and its softmax onto q.
+    def scale_before_product(self, scores: gs.Node, *, exact: bool = False) -> tuple[float, float]:
+        """Move the constant factors around the scores of an attention onto q.
 
-        There they leave nothing between the first product and the mask. Casts on the way stay.
+        Those between the scores and its softmax, so that nothing stands between the first product
+        and the mask; where k has some, its own and those of q too, so that k comes straight from
+        its layer. Casts on the way stay.
+
+        Args:
+            exact: q takes a power of two alone, under which its scale can be that of k and v; what
+                is left of the factor, 1 to 2, stands behind the product.
 
         Returns:
-            The factor that q is multiplied by now; 1.0 where there is nothing to move.
+            What the two operands of the product are multiplied by now, against before.
         """
-        steps = factors_behind(self.editor.model, scores)
+        of_k = factors_before(scores.inputs[1])
+        of_q = factors_before(scores.inputs[0]) if of_k else []
+        gone = math.prod(value for _, value in of_q), math.prod(value for _, value in of_k)
+        steps = [*factors_behind(self.editor.model, scores), *of_q, *of_k]
         if not steps:
-            return 1.0
-        factor = math.prod(value for _, value in steps)
+            return 1.0, 1.0
+        factor, rest = math.prod(value for _, value in steps), 1.0
+        if exact:
+            # Factors that were rounded to 16 bits are not told from a power of two.
+            whole = 2.0 ** math.floor(math.log2(factor) + 1e-3)
+            factor, rest = whole, 1.0 if factor < 1.001 * whole else factor / whole
         for node, _ in steps:
             data = next(i for i, t in enumerate(node.inputs) if scalar(t) is None)
             self.editor.redirect(node.outputs[0], node.inputs[data])
         q = scores.inputs[0]
-        constant = self.editor.constant(
-            f"{q.name}_factor", np.array(factor).astype(value_dtype(q.dtype))
-        )
-        name = f"{label(scores)}_Scale"
-        out = f"{q.name}_scaled"
+        constant = self._factor(q, factor)
+        name, out = f"{label(scores)}_Scale", f"{q.name}_scaled"
         scores.inputs[0] = self.editor.node(
             "Mul", name, [q, constant], out, q.dtype, q.shape, scores
         )
-        return float(np.array(factor).astype(value_dtype(q.dtype)))
+        if rest != 1:
+            self.finish_product(scores, [self._factor(scores.outputs[0], rest)], None)
+        return float(constant.values) / gone[0], 1 / gone[1]
+
+    def _factor(self, tensor: gs.Tensor, factor: float) -> gs.Constant:
+        values = np.array(factor).astype(value_dtype(tensor.dtype))
+        return self.editor.constant(f"{tensor.name}_factor", values)
 
     def _normalized(
         self, tensor: gs.Tensor, axes: Sequence[int], like: gs.Node
