@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,12 +55,12 @@ def out(tmp_path: Path) -> Path:
     return folder
 
 
-KILLED_AT = """
+STRUCK = """
 import os, signal, sys
 from pathlib import Path
 from onnxq.graph.model import Model
 from onnxq.graph import commit, save
-left = int(sys.argv[3])
+left = 0
 def strike(real):
     def call(*arguments, **keywords):
         global left
@@ -71,30 +72,37 @@ def strike(real):
 Path.replace, Path.unlink = strike(Path.replace), strike(Path.unlink)
 for name in ("flush", "flush_folder"):
     setattr(commit, name, strike(getattr(commit, name)))
-save.save(Model.load(sys.argv[1]), Path(sys.argv[2]), external=True)
+for left, path in enumerate(sys.argv[2:], 1):
+    if os.fork() == 0:
+        save.save(Model.load(sys.argv[1]), Path(path), external=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
+STEPS = 16
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model", "a[b]*.onnx"])
 def test_a_kill_before_any_step_leaves_one_whole_model_and_the_next_run_no_stray(
-    name: str, tmp_path: Path, out: Path
+    name: str, tmp_path: Path
 ) -> None:
-    path, seen = out / name, set()
-    source = _source(tmp_path, 2)
-    for step in range(1, 30):
-        for leftover in out.iterdir():
-            leftover.unlink()
-        _save(1, path, tmp_path)
-        child = subprocess.run([sys.executable, "-c", KILLED_AT, source, path, str(step)])
-        seen.add(_value(path))
-        if child.returncode == 0:
-            break
-        assert child.returncode == -signal.SIGKILL
+    """Processes of one program, each killed a step later than the one before."""
+    source, out = _source(tmp_path, 2), tmp_path / "out"
+    out.mkdir()
+    _save(1, out / name, tmp_path)
+    paths = [shutil.copytree(out, tmp_path / str(step)) / name for step in range(STEPS)]
+    done = subprocess.run(
+        [sys.executable, "-c", STRUCK, source, *paths], check=True, capture_output=True, text=True
+    )
+    codes = [int(line) for line in done.stdout.split()]
+    struck = codes.count(-signal.SIGKILL)
+    assert codes == [-signal.SIGKILL] * struck + [0] * (STEPS - struck)
+    assert 8 < struck < STEPS  # else the kills struck none of the steps, or not all
+    assert [_value(path) for path in paths[struck:]] == [2] * (STEPS - struck)
+    assert {_value(path) for path in paths} == {1, 2}
+    for path in paths[: struck + 1]:
         written = _save(3, path, tmp_path)
         assert _value(path) == 3
-        assert _names(out) == sorted(p.name for p in written), step
-    assert child.returncode == 0 and step > 8  # else the kills struck none of the steps
-    assert seen == {1, 2}
+        assert _names(path.parent) == sorted(p.name for p in written), path
 
 
 def test_a_data_file_that_another_model_reads_stays(tmp_path: Path, out: Path) -> None:

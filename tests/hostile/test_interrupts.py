@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,47 @@ def _model(path: Path, seed: int, external: bool = False, size: int = 256) -> Pa
     return path
 
 
-@pytest.fixture(params=[False, True], ids=["inline", "external"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Two inputs, data, an output of the first beside nothing else, an empty TMPDIR."""
-    for name in ("in", "out", "tmp"):
-        (tmp_path / name).mkdir()
-    for seed, which in enumerate(("old", "new")):
-        _model(tmp_path / f"in/{which}.onnx", seed, request.param)
-    np.savez(tmp_path / "in/data.npz", x=np.ones((4, 256), np.float32))
+LAYOUTS = ("inline", "external")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each layout two inputs, data, and what is made of the first."""
+    root = tmp_path_factory.mktemp("made")
+    for layout in LAYOUTS:
+        folder = root / layout
+        for name in ("in", "out", "tmp"):
+            (folder / name).mkdir(parents=True)
+        for seed, which in enumerate(("old", "new")):
+            _model(folder / f"in/{which}.onnx", seed, layout == "external")
+        np.savez(folder / "in/data.npz", x=np.ones((4, 256), np.float32))
+        for words in (QUANTIZE, BUILD):
+            assert _onnxq(folder, words.replace("new", "old")).returncode == 0
+    return root
+
+
+@pytest.fixture(params=LAYOUTS)
+def folder(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
+    """The inputs of one layout, no outputs yet, an empty TMPDIR."""
+    for name in ("in", "tmp"):
+        shutil.copytree(made / request.param / name, tmp_path / name)
+    (tmp_path / "out").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def old(folder: Path, made: Path) -> Callable[..., None]:
+    """Put what was made of the first input in place: of a model, of an engine."""
+    layout = LAYOUTS[(folder / "in/new.bin").exists()]
+
+    def put(*verbs: str) -> None:
+        for verb in verbs:
+            for path in (made / layout / "out").glob(
+                "model.onnx*" if verb == QUANTIZE else "*.plan*"
+            ):
+                shutil.copy2(path, folder / "out")
+
+    return put
 
 
 def _files(*folders: Path) -> Files:
@@ -116,23 +148,28 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_ctrl_c_in_each_phase(phase: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "phase"),
+    [
+        *(("inline", phase) for phase in PHASES),
+        *(("external", phase) for phase in ("calibrate", "save", "flush")),
+    ],
+    indirect=["folder"],
+)
+def test_ctrl_c_in_each_phase(phase: str, folder: Path, old: Callable[..., None]) -> None:
     before, words = PHASES[phase]
-    if words == BUILD and (folder / "in/new.bin").exists():
-        return  # an engine is one file, whatever it is made from
-    assert _onnxq(folder, words.replace("new", "old")).returncode == 0
-    was = _files(folder)
+    old(QUANTIZE, BUILD)
+    was = _files(folder / "in", folder / "out")
     done = _onnxq(folder, words, before)
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("onnxq: interrupted;")
     assert "Traceback" not in done.stderr
-    assert _files(folder) == was
+    assert _files(folder / "in", folder / "out") == was
     assert list((folder / "tmp").glob("*onnxq*")) == []
 
 
-def test_ctrl_c_between_the_renames(folder: Path) -> None:
-    assert _onnxq(folder, QUANTIZE.replace("new", "old")).returncode == 0
+def test_ctrl_c_between_the_renames(folder: Path, old: Callable[..., None]) -> None:
+    old(QUANTIZE)
     inputs, was = _files(folder / "in"), _files(folder / "out")
     for name, count in (("Path.replace", 1), ("Path.replace", 2), ("Path.unlink", 1)):
         before = AT_CALL.format(module="pathlib", name=name, count=count)
@@ -165,9 +202,11 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", folder / "out"], check=True)
 
 
-def test_a_full_disk_keeps_the_old_file(folder: Path, small_disk: Path | None) -> None:
+def test_a_full_disk_keeps_the_old_file(
+    folder: Path, small_disk: Path | None, old: Callable[..., None]
+) -> None:
     """The old model takes 200 kB, so the new one does not fit beside it."""
-    assert _onnxq(folder, QUANTIZE.replace("new", "old")).returncode == 0
+    old(QUANTIZE)
     was = _files(folder)
     done = _onnxq(folder, QUANTIZE, **_small_files(small_disk))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -184,6 +223,7 @@ def _small_files(disk: Path | None) -> dict[str, object]:
     return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)}
 
 
+@pytest.mark.parametrize("folder", ["inline"], indirect=True)
 @pytest.mark.parametrize("what", ["engine", "report", "calibration table"])
 def test_a_full_disk_for_everything_else_that_is_written(what: str, folder: Path) -> None:
     place = folder / "out"
@@ -208,12 +248,12 @@ def test_a_full_disk_for_everything_else_that_is_written(what: str, folder: Path
     assert (place / "old.json").read_text() == "old"
 
 
-def test_a_folder_that_may_not_be_written(folder: Path) -> None:
+@pytest.mark.parametrize("folder", ["inline"], indirect=True)
+def test_a_folder_that_may_not_be_written(folder: Path, old: Callable[..., None]) -> None:
     out, root = folder / "out", os.geteuid() == 0
     mounted = root and _mounted(out, "9m")  # root may write everywhere, but on such a disk
     try:
-        assert _onnxq(folder, QUANTIZE.replace("new", "old")).returncode == 0
-        assert _onnxq(folder, BUILD.replace("new", "old")).returncode == 0
+        old(QUANTIZE, BUILD)
         was = _files(folder)
         if mounted:
             subprocess.run(["mount", "-o", "remount,ro", out], check=True)
@@ -234,15 +274,18 @@ def test_a_folder_that_may_not_be_written(folder: Path) -> None:
             out.chmod(0o755)
 
 
-@pytest.mark.parametrize("words", [QUANTIZE, BUILD], ids=["quantize", "build"])
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("external", QUANTIZE), ("inline", BUILD)],
+    ids=["quantize", "build"],
+    indirect=["folder"],
+)
 def test_two_runs_on_one_output_leave_that_of_one(words: str, folder: Path) -> None:
-    if words == BUILD and (folder / "in/new.bin").exists():
-        return
     results = []
     for which in ("old", "new"):
         assert _onnxq(folder, words.replace("new", which)).returncode == 0
         results.append({name: digest for name, (digest, _) in _files(folder / "out").items()})
-    for _ in range(3):
+    for _ in range(2):
         commands = [words.replace("new", which).split() for which in ("old", "new", "new")]
         children = [
             subprocess.Popen(
