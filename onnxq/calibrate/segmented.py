@@ -68,6 +68,7 @@ def calibrate_in_segments(
                 if not index:
                     collector.update(iter([(name, feed[name]) for name in fed]), label)
                 collector.update(values, label)
+                trim_memory()  # or what each run leaves scattered adds up to a seventh of its peak
                 progress("calibrate", index * len(samples) + step + 1, len(segments) * len(samples))
             del session, values, feed  # their memory goes before the next one's comes
             collector.park(segment.watched, folder)

@@ -30,6 +30,8 @@ from onnxq.progress import Progress, silent
 _PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "Loop"))
 _RUNTIME = 100 << 20
 """Bytes that ONNX Runtime and the statistics take by themselves."""
+_RESERVE = 0.05
+"""Share of the rest that is left free: what is expected is not exact."""
 
 
 @dataclass(frozen=True)
@@ -201,17 +203,17 @@ def _divided(
         if memory is None:
             return None  # ONNX Runtime may run what onnx's inference does not understand
         raise
-    room = memory - base if memory is not None else free or 0
+    room = int((memory - base if memory is not None else free or 0) * (1 - _RESERVE))
     if division.whole().memory <= room:
         return None
     segments = division.within(room)
-    if segments is None and memory is None:
-        return None  # what is expected is not certain
     if segments is None:
-        least = base + division.least()
+        if memory is None:
+            return None  # what is expected is not certain
+        least = base + int(division.least() / (1 - _RESERVE))
         enough = math.ceil(least * 1.02 / 1e8) / 10
         raise OnnxqError(
-            f"calibration does not fit into {(room + base) / 1e9:.2f} GB: the widest part of the "
+            f"calibration does not fit into {memory / 1e9:.2f} GB: the widest part of the "
             f"model needs {least / 1e9:.2f} GB on the largest sample",
             f"give --memory {enough:.1f}GB, or smaller samples (--batch)",
         )
