@@ -43,9 +43,13 @@ def traceback(path: Path) -> None:
     raise KeyError(path.read_bytes())
 
 
-def hang(path: Path) -> None:
+def spin(path: Path) -> None:
     while True:
-        time.sleep(0.01)
+        pass
+
+
+def wait(path: Path) -> None:
+    time.sleep(9)
 
 
 def one_line(path: Path) -> None:
@@ -57,7 +61,8 @@ def one_line(path: Path) -> None:
     [
         (no_cure, "no cure: it is wrong"),
         (traceback, "KeyError"),
-        (hang, "Hang: more than"),
+        (spin, "Hang: 0.1 s of CPU"),
+        (wait, "Hang: 0.5 s by the clock"),
         (one_line, None),
     ],
 )
@@ -74,7 +79,8 @@ def test_findings(
     monkeypatch.setattr(fuzz.resource, "setrlimit", lambda *_: None)
     for name in ("enable", "dump_traceback_later", "cancel_dump_traceback_later"):
         monkeypatch.setattr(fuzz.faulthandler, name, lambda *_, **__: None)
-    monkeypatch.setattr(fuzz, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "LIMIT_SECONDS", 0.1)
+    monkeypatch.setattr(fuzz, "LIMIT_WAITING", 0.5 if run is wait else 5)
     words = ["--runs", "2", "--folder", str(tmp_path), "--keep", str(tmp_path / "kept")]
     monkeypatch.setattr(sys, "argv", ["fuzz", *words])
     assert fuzz.main() == (said is not None)
