@@ -155,6 +155,8 @@ def quantize(
             report.facts["rescaling"] = summary(edits)
             if chosen.needs_ranges:
                 table = _measured_again(graph, placement, table, samples, measured)
+        if table is not None:
+            _say_steps(placement, table, report)
         ranges = activation_ranges(placement, table) if table is not None else None
         if chosen.keeps:
             placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
@@ -408,7 +410,7 @@ def choose_recipe(
             raise OnnxqError(
                 f"recipe {chosen.name} has no ranges to calibrate", "leave out --calibrator"
             )
-        chosen = dataclasses.replace(chosen, calibrator=calibrator)
+        chosen = dataclasses.replace(chosen, calibrator=calibrator, conv_calibrator="")
     return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
 
 
@@ -652,7 +654,7 @@ def _measured_again(
             "give the data too, with --calib or --text: a calibration table is not enough",
         )
     watched = {
-        tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram"))
+        tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram", "steps"))
         for tensor, names in watched_tensors(placement).items()
     }
     again = measured(graph, {tensor: names for tensor, names in watched.items() if names}, samples)
@@ -663,6 +665,20 @@ def _measured_again(
             t: {**table.statistics.get(t, {}), **again.statistics.get(t, {})} for t in tensors
         },
     )
+
+
+def _say_steps(placement: Placement, table: CalibrationTable, report: Report) -> None:
+    """What a calibration that was kept by denoising step found."""
+    from onnxq.loudness import lines, loudness, missing
+
+    found = loudness(placement, table)
+    if found is not None:
+        report.facts["amax_by_step"] = found
+        report.notes += lines(found)
+    elif missing(table):
+        report.notes.append(
+            "the data says no denoising step (no input timestep): all samples count as one"
+        )
 
 
 def _facts_before(graph: Model) -> dict[str, Any]:

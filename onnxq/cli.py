@@ -167,7 +167,9 @@ _RULES = click.option(
     help="Types of the model's inputs and outputs.",
 )
 @click.option(
-    "--calibrator", metavar="NAME", help="max, percentile:99.99, entropy, mse, mse:2 or output."
+    "--calibrator",
+    metavar="NAME",
+    help="max, percentile:99.99, entropy, mse, mse:2, output or steps.",
 )
 @_RULES
 @_CHANGES

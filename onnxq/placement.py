@@ -153,7 +153,7 @@ def _said(site: Site, recipe: Recipe) -> str:
         return f"{recipe.sparsity} along its inputs, weights in their type"
     how = "scales computed per sample" if site.kind == "conv" else "scales computed per token"
     if recipe.needs_ranges:
-        how = f"{recipe.calibrator} range"
+        how = f"{recipe.calibrator_of(site.kind)} range"
     if recipe.activations == "mxfp8":
         how = "scales computed per block"
     if site.kind == "attention":

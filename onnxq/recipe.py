@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Mode = Literal["static", "dynamic"]
-_CALIBRATORS = ("max", "percentile", "entropy", "mse", "output")
+_CALIBRATORS = ("max", "percentile", "entropy", "mse", "output", "steps")
 _OPS = ("MatMul", "Gemm", "Conv")
 _LEAST_BLOCK = 16
 # At 19 and 20, which have FP8 too, ONNX Runtime moves a Transpose to between Q and DQ: it has none.
@@ -67,7 +67,9 @@ class Recipe:
         activations: format of the activations, or `none`: only weights are quantized.
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
         calibrator: `max`, `percentile:99.99`, `entropy`, `mse`, `mse:2` (see `calibrate.ranges`),
-            or `output`: the least error of what the layers make of it (see `clipping`).
+            `output`: the least error of what the layers make of it (see `clipping`), or `steps`: of
+            each denoising step the mean over its samples, of these the smallest.
+        conv_calibrator: the same for convolutions; '': as for all.
         sparsity: pattern of zeros, such as `2:4` (see `onnxq.sparsity`); '': none. A step says how.
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest
             weight becomes the largest code, and all are rounded to nearest.
@@ -100,6 +102,7 @@ class Recipe:
     activations: str = "fp8"
     mode: Mode = "static"
     calibrator: str = "max"
+    conv_calibrator: str = ""
     sparsity: str = ""
     steps: tuple[str, ...] = ()
     alpha: float | None = None
@@ -118,6 +121,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_values(self)
+
+    def calibrator_of(self, kind: str) -> str:
+        """The calibrator of a kind of site."""
+        return (self.conv_calibrator if kind == "conv" else "") or self.calibrator
 
     @property
     def rules_here(self) -> tuple[Rule, ...]:
@@ -315,6 +322,8 @@ def _check_values(recipe: Recipe) -> None:
     for op in recipe.ops:
         check_choice(where, "ops", op, _OPS)
     check_calibrator(recipe.calibrator)
+    if recipe.conv_calibrator:
+        check_calibrator(recipe.conv_calibrator)
     _check_level(recipe, where)
     _check_steps(recipe, where)
     _check_kept(recipe, where)
@@ -445,13 +454,13 @@ def check_calibrator(text: str) -> None:
             value = float(number)
         except ValueError:
             value = math.nan
-        known = (name == "percentile" and 0 < value <= 100) or (
+        known = (name in ("percentile", "steps") and 0 < value <= 100) or (
             name == "mse" and 1 <= value < math.inf
         )
     if not known:
         raise OnnxqError(
             f"unknown calibrator {text!r}",
-            "choose max, percentile:99.99, entropy, mse, mse:2 or output",
+            "choose max, percentile:99.99, entropy, mse, mse:2, output, steps or steps:80",
         )
 
 

@@ -54,11 +54,6 @@ def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
         yield site.attention.values, 1
 
 
-def _static_inputs(placement: Placement) -> Iterator[tuple[Node, int]]:
-    for decision in placement.quantized:
-        yield from _measured_inputs(decision.site)
-
-
 def watched_tensors(placement: Placement) -> dict[str, str]:
     """The tensors a recipe needs statistics of, in graph order, and which (see `statistics`)."""
     recipe = placement.recipe
@@ -66,7 +61,7 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
     for decision in placement.quantized:
         site = decision.site
         if recipe.needs_ranges:
-            kind = "amax" if recipe.calibrator == "max" else "histogram"
+            kind = _range_statistic(recipe, site)
             for node, i in _measured_inputs(site):
                 wanted.setdefault(node.inputs[i].name, []).append(kind)
             if site.attention is None:
@@ -79,18 +74,30 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
     return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items() if kinds}
 
 
+def _range_statistic(recipe: Recipe, site: Site) -> str:
+    """What a range is chosen from; recipes for diffusion models keep it by denoising step."""
+    method = recipe.calibrator_of(site.kind).partition(":")[0]
+    if method == "steps" or (recipe.level and method == "max"):
+        return "steps"
+    return "amax" if method == "max" else "histogram"
+
+
+def _by_values(method: str) -> str:
+    """The method where no rows of the tensor were kept to look at the error of layers."""
+    return _WITHOUT_ROWS if method == "output" else method
+
+
 def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges | None:
     """Ranges by input; taken before the base precision is converted, which renames tensors."""
     if not placement.recipe.needs_ranges:
         return None
     recipe, fmt = placement.recipe, placement.recipe.activation_format
     # The scales of blocks follow the values: the tensor's has to hold the largest.
-    method = "max" if fmt is not None and fmt.block else recipe.calibrator
+    blocks = fmt is not None and bool(fmt.block)
     center = recipe.center and fmt is not None and not fmt.is_float
     kept = {id(d.site.node.inputs[0]) for d in placement.quantized if not can_center(d.site)}
     by_output: Ranges = {}
-    if method == "output":
-        method = _WITHOUT_ROWS
+    if recipe.calibrator == "output" and not blocks:
         for group in _groups(placement):
             if group[0].kind == "linear":
                 free = center and id(group[0].node.inputs[0]) not in kept
@@ -100,11 +107,12 @@ def activation_ranges(placement: Placement, table: CalibrationTable) -> Ranges |
         (id(node), i): by_output.get((id(node), i))
         or table.covered(
             node.inputs[i].name,
-            method,
+            "max" if blocks else _by_values(recipe.calibrator_of(decision.site.kind)),
             recipe.activations,
             center and id(node.inputs[i]) not in kept,
         )
-        for node, i in _static_inputs(placement)
+        for decision in placement.quantized
+        for node, i in _measured_inputs(decision.site)
     }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import onnxq
+from onnxq.calibrate.table import load_table
 from onnxq.engine import kernels
 from onnxq.errors import OnnxqError
 from onnxq.gpus import target
@@ -176,3 +178,42 @@ def test_compiled(made: dict[str, Path], name: str) -> None:
     assert len(elementwise) <= most
     for layer in elementwise:  # codes multiplied by the ratio of two scales would round twice
         assert not any(t.dtype == form for t in layer.constants), layer.name
+
+
+def test_ranges_by_denoising_step(models: Path, tmp_path: Path) -> None:
+    """What the report says of the first convolution's input, against the samples themselves."""
+    source = models / "sdxl-unet-tiny-fp16"
+    data = dict(np.load(source / "calib.npz"))
+    data["timestep"] = np.repeat(np.array([900, 900, 100, 100], np.float16), 2)
+    np.savez(tmp_path / "captures.npz", **data)
+    made = onnxq.quantize(
+        source / "model.onnx",
+        tmp_path / "made.onnx",
+        recipe="sdxl-int8",
+        changes=["steps=[]"],
+        rules=["quantize node=node_conv2d"],
+        calib=Data(path=tmp_path / "captures.npz", batch=2),
+        save_calib=tmp_path / "table.npz",
+    )
+    found = made.report.facts["amax_by_step"]
+    assert found["steps"] == [900.0, 100.0]
+    peaks = np.abs(data["sample"].astype(np.float64)).reshape(4, -1).max(axis=1)  # two rows each
+    entry = found["layers"]["node_conv2d"]
+    assert entry["peaks"] == [peaks[:2].max(), peaks[2:].max()]
+    assert entry["means"] == [peaks[:2].mean(), peaks[2:].mean()]
+    table = load_table(tmp_path / "table.npz")
+    assert table.range("sample", "steps") == min(peaks[:2].mean(), peaks[2:].mean())
+    assert any("amax over 2 steps" in note for note in made.report.notes)
+
+
+def test_data_without_steps_is_said(models: Path, tmp_path: Path) -> None:
+    source = models / "minilm"
+    made = onnxq.quantize(
+        source / "model.onnx",
+        tmp_path / "made.onnx",
+        recipe="sdxl-fp8",
+        changes=["level=3"],
+        calib=Data(path=source / "calib.npz", batch=4),
+    )
+    assert any("no denoising step" in note for note in made.report.notes)
+    assert "amax_by_step" not in made.report.facts

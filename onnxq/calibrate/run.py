@@ -24,6 +24,7 @@ from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import Device
 from onnxq.calibrate.statistics import Gram, NotFiniteError, Statistic, make
+from onnxq.calibrate.steps import NO_STEP, StepAmax, denoising_step
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, silent
@@ -71,6 +72,7 @@ def calibrate(
             notes += [note for note in session.notes if note not in notes]
             for step, feed in enumerate(samples):
                 label = samples.label(step)
+                collector.at(feed, label)
                 collector.update(fetch(session, group, feed, label), label)
                 done += 1
                 progress("calibrate", done, total)
@@ -105,6 +107,22 @@ class Collector:
 
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
+
+    def at(self, feed: Mapping[str, NDArray[Any]], label: str) -> None:
+        """Say which sample the next values come from, to what is kept by denoising step.
+
+        Raises:
+            OnnxqError: it has rows of several steps.
+        """
+        by_step = [
+            statistic
+            for statistics in self._collected.values()
+            for statistic in statistics.values()
+            if isinstance(statistic, StepAmax)
+        ]
+        now = denoising_step(feed, label) if by_step else NO_STEP
+        for statistic in by_step:
+            statistic.now = now
 
     def update(self, values: Iterator[tuple[str, NDArray[Any]]], label: str) -> None:
         """Add one step's values.

@@ -64,6 +64,7 @@ def calibrate_in_segments(
             notes += [note for note in session.notes if note not in notes]
             for step, feed in enumerate(samples):
                 label = samples.label(step)
+                collector.at(feed, label)
                 values = _run(session, pieces, segment, frontier, feed, step, label)
                 if not index:
                     collector.update(iter([(name, feed[name]) for name in fed]), label)

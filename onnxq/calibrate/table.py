@@ -18,6 +18,7 @@ from onnxq.calibrate.ranges import Range, choose, levels
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import one_line
 from onnxq.calibrate.statistics import Amax, ChannelAmax, Gram, Histogram, Statistic, make
+from onnxq.calibrate.steps import StepAmax
 from onnxq.errors import OnnxqError
 from onnxq.files import refuse_unreadable, replacing
 
@@ -54,13 +55,16 @@ class CalibrationTable:
         """The magnitude that the largest code of `tensor` shall stand for; 0.0: it is all zeros.
 
         Args:
-            method: max, percentile, percentile:99.9, entropy, mse or mse:2.
+            method: max, percentile, percentile:99.9, entropy, mse, mse:2, steps or steps:80.
             format_name: int8 or fp8: whose codes entropy and mse choose for.
 
         Raises:
             OnnxqError: the tensor was not calibrated, or not with what the method needs.
         """
         found = self.of(tensor)
+        name, _, percent = method.partition(":")
+        if name == StepAmax.name:
+            return self.by_step(tensor).smallest_mean(float(percent or 100))
         for statistic in found.values():
             if isinstance(statistic, Histogram):
                 return choose(statistic, method, format_name)
@@ -70,6 +74,19 @@ class CalibrationTable:
         raise OnnxqError(
             f"the calibration of {tensor!r} has no histogram, which {method!r} needs",
             "calibrate again with that method, or use max",
+        )
+
+    def by_step(self, tensor: str) -> StepAmax:
+        """The ranges of `tensor` by denoising step.
+
+        Raises:
+            OnnxqError: it was not calibrated for them.
+        """
+        for statistic in self.of(tensor).values():
+            if isinstance(statistic, StepAmax):
+                return statistic
+        raise OnnxqError(
+            f"the ranges of {tensor!r} by denoising step were not calibrated", "calibrate again"
         )
 
     def peaks(self) -> dict[str, float]:
@@ -207,7 +224,7 @@ class CalibrationTable:
             )
         for tensor, names in (tensors or {}).items():
             lacking = make(names).keys() - self.of(tensor).keys()
-            if "amax" in lacking and "histogram" in self.of(tensor):
+            if "amax" in lacking and {"histogram", "steps"} & self.of(tensor).keys():
                 lacking -= {"amax"}
             if lacking:
                 raise OnnxqError(
