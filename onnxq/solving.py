@@ -207,7 +207,7 @@ class Solver:
                 scale, zero = searched(draft.values, np.diag(H), scheme)
                 step, middle = spread(scale, zero, scheme, W.shape)
                 grid = numerics.nearest(draft.values / step, fmt, middle)
-            elif name == "gptq" and draft.joint:
+            elif name == "gptq" and draft.joint and zero is None:
                 assert self.pattern is not None
                 sweep = self._drafts.sweep_of(moments)
                 grid, keep = sparsegpt_rounded(sweep, draft.target, self.pattern, step, fmt)

@@ -202,6 +202,7 @@ QUANTIZED: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("w4a8-rtn", "sm89", {"block_size": 32, "steps": ("gptq",)}),
     ("nvfp4", "sm120", {"steps": ("search", "gptq")}),
     ("uint4-rtn", "onnxruntime", {}),
+    ("uint4-gptq", "onnxruntime", {"steps": ("search", "gptq", "descent")}),
 )
 
 
@@ -220,7 +221,7 @@ def test_zeros_survive_quantization(
     codes, zero = _codes(made, "a")
     assert (codes == zero)[_stored(pruned)["a"] == 0].all()
     assert not np.signbit(codes[_stored(pruned)["a"] == 0]).any()
-    if name != "uint4-rtn":
+    if not name.startswith("uint4"):
         assert 0.5 <= (codes == zero).mean() < 0.75, "the others are not lost"
     found = onnxq.check_zeros(made, pattern="2:4")
     rows = {row["node"]: row for row in found.as_dict()["weights"]}
@@ -261,6 +262,18 @@ def test_zeros_and_codes_chosen_in_one_sweep(tmp_path: Path) -> None:
     share = 10 * np.log10(np.sum(error**2) / np.sum((rows @ weight) ** 2))
     assert share == pytest.approx(float(said["sparsegpt+gptq"]), abs=0.06)
     assert share < float(said["sparsegpt"]) - 0.1
+
+
+def test_codes_with_zero_points_have_the_pattern_too(tmp_path: Path) -> None:
+    calib, _ = _data(tmp_path)
+    steps = ("sparsegpt", "search", "gptq", "descent")
+    recipe = replace(load("uint4-gptq"), sparsity="2:4", steps=steps)
+    made = onnxq.quantize(
+        _linear(tmp_path), tmp_path / "q.onnx", recipe=recipe, target="onnxruntime", calib=calib
+    )
+    codes, zero = _codes(made.files[0], "a")
+    assert _two_of_four(codes == zero, 0) and not _two_of_four(codes == 0, 0)
+    assert onnxq.check_zeros(made.files[0]).passed
 
 
 def test_descent_revives_nothing(tmp_path: Path) -> None:
