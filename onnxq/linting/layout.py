@@ -89,8 +89,11 @@ def _cut(subject: Subject) -> frozenset[int]:
 
 
 def _cut_from(tensor: Tensor) -> tuple[Node | None, Tensor | None]:
-    """The MatMul that a tensor is a part of, moved, scaled, with a bias at most; and the part."""
-    node, cut = producer(tensor), None
+    """The MatMul that a tensor is a part of, moved, scaled, with a bias at most; and the part.
+
+    Behind a second bias the compiler leaves the weight whole.
+    """
+    node, cut, biases = producer(tensor), None, 0
     for _ in range(_LONGEST):
         if node is None:
             break
@@ -101,7 +104,8 @@ def _cut_from(tensor: Tensor) -> tuple[Node | None, Tensor | None]:
             tensor = node.inputs[0]
         elif node.op in ("Mul", "Div") and factor(node) is not None:
             tensor = next(t for t in node.inputs if not isinstance(t, Constant))
-        elif node.op == "Add" and any(isinstance(t, Constant) for t in node.inputs):
+        elif node.op == "Add" and not biases and any(isinstance(t, Constant) for t in node.inputs):
+            biases += 1
             tensor = next((t for t in node.inputs if not isinstance(t, Constant)), tensor)
         else:
             break

@@ -45,7 +45,7 @@ def _packed(
     cut: str = "Gather",
     attention: bool = True,
     parts: int = 3,
-    bias: bool = False,
+    biases: int = 0,
 ) -> onnx.ModelProto:
     """q, k and v cut from one product, as many exporters write it."""
     g = Graph(base)
@@ -53,7 +53,7 @@ def _packed(
     x = x if alone else g.quantized(x, fmt)
     w = g.weight((64, 192), fmt, scale, **({"axis": 1} if np.ndim(scale) else {}))  # type: ignore[arg-type]
     y = g.op("MatMul", [x, w], "product")
-    if bias:
+    for _ in range(biases):
         y = g.op("Add", [y, g.floats(192)])
     if cut == "Split":
         found = list("qkv")
@@ -106,5 +106,10 @@ def add_all() -> None:
     add("int8 packed q, k, v, Split", _packed(cut="Split"), "packed-qkv")
     add("int8 packed q, k, v, fp32", _packed(base="fp32"), "packed-qkv")
     add("int8 packed, no attention", _packed(attention=False), "raw-sums")
-    add("int8 packed q, k, v, bias", _packed(bias=True), "packed-qkv", "onnxruntime-layout")
+    add("int8 packed q, k, v, bias", _packed(biases=1), "packed-qkv", "onnxruntime-layout")
+    add(
+        "int8 packed q, k, v, two biases",
+        _packed(biases=2),
+        *("raw-sums", "onnxruntime-layout"),
+    )
     add("int8 packed q and k", _packed(parts=2), "raw-sums")
