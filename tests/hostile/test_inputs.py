@@ -131,6 +131,9 @@ VERBS = {
     "inspect": "inspect {model} --recipe fp8-dynamic",
     "build": "build {model} -o out.plan",
     "compare": "compare good.onnx {model} --random-data",
+    "lint": "lint {model}",
+    "prune": "prune {model} -o out.onnx --method magnitude",
+    "recommend": "recommend {model} --gpu h100 --workload online",
 }
 
 
