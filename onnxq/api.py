@@ -463,7 +463,7 @@ def _placed(
     placement = place(model, recipe, find_target(target))
     report.notes += placement.notes
     if not placement.quantized:
-        report.notes.append("there is no node to quantize")
+        report.notes.append(f"there is no node to {'quantize' if recipe.quantizes else 'prune'}")
     return model, placement
 
 

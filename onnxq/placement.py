@@ -68,8 +68,9 @@ class Placement:
 
     def lines(self) -> list[str]:
         """One line a site, for people and golden tests."""
+        done = "quantize" if self.recipe.quantizes else "prune   "
         return [
-            f"{'quantize' if d.quantized else 'leave   '}  {d.site.kind:9}  {_shape(d.site):16}  "
+            f"{done if d.quantized else 'leave   '}  {d.site.kind:9}  {_shape(d.site):16}  "
             f"{d.site.name}{f' [{d.site.module}]' if d.site.module else ''}  {d.reason}"
             for d in self.decisions
         ]

@@ -188,8 +188,8 @@ def _codes(path: Path, weight: str) -> tuple[Array, Array]:
     codes = stored[node.input[0]]
     zero = stored[node.input[2]] if len(node.input) > 2 else np.zeros((), np.int32)
     wide = codes.astype(np.float32)
-    if zero.ndim and zero.shape != codes.shape:
-        zero = np.repeat(zero, codes.shape[0] // zero.shape[0], 0)
+    for axis in range(zero.ndim):
+        zero = np.repeat(zero, codes.shape[axis] // zero.shape[axis], axis)
     return wide, zero.astype(np.float32)
 
 
@@ -199,6 +199,7 @@ QUANTIZED: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("fp8", "sm89", {"steps": ("search", "gptq", "descent")}),
     ("int4-rtn", "sm89", {"block_size": 32}),
     ("int4-rtn", "sm89", {"block_size": 32, "steps": ALL_STEPS}),
+    ("int4-rtn", "sm89", {"steps": ("sequential",)}),
     ("w4a8-rtn", "sm89", {"block_size": 32, "steps": ("gptq",)}),
     ("nvfp4", "sm120", {"steps": ("search", "gptq")}),
     ("uint4-rtn", "onnxruntime", {}),
@@ -207,7 +208,9 @@ QUANTIZED: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "changes"), QUANTIZED, ids=[f"{q[0]}-{len(q[2])}" for q in QUANTIZED]
+    ("name", "target", "changes"),
+    QUANTIZED,
+    ids=[f"{q[0]}-{len(q[2].get('steps', ()))}" for q in QUANTIZED],
 )
 def test_zeros_survive_quantization(
     name: str, target: str, changes: Mapping[str, Any], tmp_path: Path
@@ -218,11 +221,12 @@ def test_zeros_survive_quantization(
     made = tmp_path / "q.onnx"
     recipe = replace(load(name), **changes)
     onnxq.quantize(pruned, made, recipe=recipe, target=target, calib=calib)
-    codes, zero = _codes(made, "a")
-    assert (codes == zero)[_stored(pruned)["a"] == 0].all()
-    assert not np.signbit(codes[_stored(pruned)["a"] == 0]).any()
-    if not name.startswith("uint4"):
-        assert 0.5 <= (codes == zero).mean() < 0.75, "the others are not lost"
+    for weight in ("a", "b"):
+        codes, zero = _codes(made, weight)
+        assert (codes == zero)[_stored(pruned)[weight] == 0].all()
+        assert not np.signbit(codes[_stored(pruned)[weight] == 0]).any()
+        if not name.startswith("uint4"):
+            assert 0.5 <= (codes == zero).mean() < 0.75, "the others are not lost"
     found = onnxq.check_zeros(made, pattern="2:4")
     rows = {row["node"]: row for row in found.as_dict()["weights"]}
     assert rows["/a"]["holds"] and not rows["/c"]["holds"]
