@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import onnxq
+from onnxq.drafts import Drafts
 from onnxq.errors import OnnxqError
+from onnxq.inputs import Moments
 from onnxq.recipe import Recipe, from_dict, load
 
 Array = NDArray[Any]
@@ -278,6 +280,19 @@ def test_codes_with_zero_points_have_the_pattern_too(tmp_path: Path) -> None:
     codes, zero = _codes(made.files[0], "a")
     assert _two_of_four(codes == zero, 0) and not _two_of_four(codes == 0, 0)
     assert onnxq.check_zeros(made.files[0]).passed
+
+
+def test_what_layers_before_ask_for_revives_no_zero() -> None:
+    """A target made for inputs behind rounded layers has no zeros of its own."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((200, 16))
+    y = x + 0.3 * rng.standard_normal((200, 16))
+    weight = _smallest_out(rng.standard_normal((16, 8)).astype(np.float32), 0)
+    moments = Moments(x.T @ x / 200, y.T @ y / 200, y.T @ x / 200)
+    *_, draft = Drafts(("sequential", "search"), None).of(weight, moments)
+    assert draft.name == "sequential" and (draft.target[weight == 0] != 0).all()
+    assert (draft.values[weight == 0] == 0).all()
+    np.testing.assert_array_equal(draft.values[weight != 0], draft.target[weight != 0])
 
 
 def test_descent_revives_nothing(tmp_path: Path) -> None:
