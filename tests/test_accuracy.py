@@ -46,13 +46,13 @@ def test_ppocr_reads_on_in_int8(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "bar"),
-    [(("explicit=true",), 20.0), (("explicit=true", "keep_worst=6"), 23.0)],
+    [(("explicit=true",), 21.5), (("explicit=true", "keep_worst=6"), 23.0)],
     ids=["all sites", "six left"],
 )
 def test_minilm_smoothed(
     changes: tuple[str, ...], bar: float, models: Path, tmp_path: Path
 ) -> None:
-    """Static and symmetric; 20.9 and 24.2 dB here, plain `int8` 13.6."""
+    """Static and symmetric; 22.7 and 25 dB here."""
     source = models / "minilm"
     made = onnxq.quantize(
         source / "model.onnx",

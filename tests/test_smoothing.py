@@ -109,7 +109,7 @@ def test_where_it_makes_no_sense_it_is_refused() -> None:
 
 
 def test_the_calibrator_output_clips_what_few_rows_need(tmp_path: Path) -> None:
-    """One row in 40 is 200 times as loud: the others keep their digits, and it is clipped."""
+    """One row in 40 is 200 times as loud: the others keep digits, and it is clipped."""
     net = Net()
     x = net.input("x", ["batch", 40, 32])
     h = net.op("MatMul", x, net.weight("a", 32, 48), name="/a")
@@ -126,4 +126,4 @@ def test_the_calibrator_output_clips_what_few_rows_need(tmp_path: Path) -> None:
         onnxq.quantize(source, made, calib=tmp_path / "calib.npz", target="sm80", **options)
         got = run(onnx.load(made), {"x": held})[0]
         found[calibrator] = snr(wanted[:, 1:], got[:, 1:])
-    assert found["output"] > found["mse:2"] + 20
+    assert found["output"] > found["mse:2"] + 10

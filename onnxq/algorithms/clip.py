@@ -2,9 +2,10 @@
 
 Histograms count values; what reaches the outputs is their product with the weights, token by
 token. And a norm behind it gives every token the same size: an error of a tenth of its output is as
-bad for a quiet token as for the loudest. So each row's error counts by that row's own output: a few
-tokens of a hundred times the others' size (attention sinks of language models) then get a clip if
-all the others gain by it.
+bad for a quiet token as for the loudest. So each row's error is taken over its own output's power.
+Of these shares the root mean square is wanted small, not the mean: a few tokens of a hundred times
+the others' size hold a language model together (attention sinks), and none of them may be lost so
+that the many gain a little.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Matrix = NDArray[Any]
 _LEAST_POWER = 1e-3  # of the mean row's: what a row's power counts at least
 
 
-def shares(counts: Matrix, Y: Matrix) -> NDArray[np.float64]:
-    """What the squared error of each row counts [R]: as often as the row, over its power.
+def powers(counts: Matrix, Y: Matrix) -> NDArray[np.float64]:
+    """What the squared error of each row is to be taken over [R].
 
     Args:
         counts: how many rows each stands for [R].
@@ -32,12 +33,13 @@ def shares(counts: Matrix, Y: Matrix) -> NDArray[np.float64]:
     """
     power = np.einsum("rn,rn->r", Y, Y, dtype=np.float64)
     mean = float(np.average(power, weights=counts)) or 1.0
-    return np.asarray(counts / counts.sum() / np.maximum(power, _LEAST_POWER * mean))
+    return np.asarray(np.maximum(power, _LEAST_POWER * mean))
 
 
-def weighted(E: Matrix, each: Matrix) -> float:
-    """sum_r each_r |E_r|^2."""
-    return float(np.einsum("rn,rn,r->", E, E, each, dtype=np.float64, optimize=True))
+def row_error(E: Matrix, power: Matrix, counts: Matrix) -> float:
+    """The root mean square of the rows' shares |E_r|^2 / power_r."""
+    each = np.einsum("rn,rn->r", E, E, dtype=np.float64) / power
+    return float(np.sqrt(np.average(each**2, weights=counts)))
 
 
 def rounded(X: Matrix, offset: int, reach: float, fmt: QuantFormat) -> Matrix:
@@ -62,5 +64,5 @@ def range_errors(
         W: the weights of all layers that read it [K, N]; V: the same rounded.
     """
     exact = X @ W
-    each = shares(counts, exact)
-    return [weighted(rounded(X, *found, fmt) @ V - exact, each) for found in ranges]
+    power = powers(counts, exact)
+    return [row_error(rounded(X, *found, fmt) @ V - exact, power, counts) for found in ranges]

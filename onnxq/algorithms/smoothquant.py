@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq import numerics
-from onnxq.algorithms.clip import shares, weighted
+from onnxq.algorithms.clip import powers, row_error
 from onnxq.formats import QuantScheme
 
 Matrix = NDArray[Any]
@@ -32,7 +32,7 @@ class Smoothing:
     Attributes:
         s: [K]; ones where no alpha errs less than none.
         alpha: what the best is called; None where none does.
-        before, after: error of the layers' outputs over their power (see `clip.shares`), as they
+        before, after: error of the layers' outputs over their power (see `clip.row_error`), as they
             are and smoothed.
     """
 
@@ -79,13 +79,13 @@ def search(
             that may be chosen.
     """
     exact = X @ np.hstack([W for W, _ in weights])
-    each = shares(counts, exact)
+    power = powers(counts, exact)
 
     def error(s: NDArray[np.float64]) -> float:
         factors = s.astype(np.float32)[:, None]
         stored = np.hstack([rounded_weight(W * factors, scheme) for W, scheme in weights])
         inputs = quantized((X / s).astype(np.float32), s)
-        return min(weighted(read @ stored - exact, each) for read in inputs)
+        return min(row_error(read @ stored - exact, power, counts) for read in inputs)
 
     ones = np.ones(X.shape[1])
     before = error(ones)

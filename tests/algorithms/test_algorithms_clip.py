@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxq.algorithms.clip import range_errors, rounded, shares
+from onnxq.algorithms.clip import powers, range_errors, rounded, row_error
 from onnxq.formats import quant_format
 
 INT8 = quant_format("int8")
@@ -22,23 +22,36 @@ def test_rounded_is_what_a_zero_point_would_give() -> None:
 
 
 def test_a_row_counts_by_its_own_output() -> None:
-    each = shares(np.array([1.0, 3.0]), np.array([[3.0, 4.0], [30.0, 40.0]]))
-    np.testing.assert_allclose(each, [1 / 4 / 25, 3 / 4 / 2500])
+    counts, Y = np.array([1.0, 3.0]), np.array([[3.0, 4.0], [30.0, 40.0]])
+    power = powers(counts, Y)
+    np.testing.assert_allclose(power, [25, 2500])
+    found = row_error(np.array([[5.0, 0.0], [0.0, 5.0]]), power, counts)
+    assert found == pytest.approx(np.sqrt((1**2 + 3 * 0.01**2) / 4))
 
 
 def test_a_row_of_nothing_does_not_decide() -> None:
-    each = shares(np.ones(2), np.array([[0.0], [2.0]]))
-    assert each[0] == pytest.approx(1 / 2 / (1e-3 * 2))
+    np.testing.assert_allclose(powers(np.ones(2), np.array([[0.0], [2.0]])), [2e-3, 4])
 
 
-def test_one_giant_row_is_clipped_for_all_the_others() -> None:
-    """Summed squares would keep the giant's range, and round the others to nothing."""
+def _tried(loudness: float, share: float) -> tuple[list[float], list[float]]:
+    """Errors, by `range_errors` and in summed squares, of the whole range and of the usual one."""
     rng = np.random.default_rng(0)
-    X = rng.standard_normal((400, 32)).astype(np.float32)
-    X[0] *= 500
+    X = rng.standard_normal((1000, 32)).astype(np.float32)
+    loud = int(share * 1000)
+    X[:loud] *= loudness
     W = rng.standard_normal((32, 16)).astype(np.float32)
-    tried = [(0, float(np.abs(X).max())), (0, float(np.abs(X[1:]).max()))]
-    whole, usual = range_errors(X, np.ones(400), W, W, tried, INT8)
-    assert usual < whole / 50
+    tried = [(0, float(np.abs(X).max())), (0, float(np.abs(X[loud:]).max()))]
     summed = [float(((rounded(X, *r, INT8) @ W - X @ W) ** 2).sum()) for r in tried]
+    return range_errors(X, np.ones(1000), W, W, tried, INT8), summed
+
+
+def test_few_giant_rows_are_clipped_where_all_others_would_be_lost() -> None:
+    """Summed squares would keep the giants' range, and round the others to nothing."""
+    (whole, usual), summed = _tried(1000, 0.002)
+    assert usual < whole / 10
     assert summed[0] < summed[1]
+
+
+def test_no_row_is_lost_for_a_little_gain_of_the_others() -> None:
+    (whole, usual), _ = _tried(10, 0.01)
+    assert whole < usual / 3
