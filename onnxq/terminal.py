@@ -167,6 +167,8 @@ def _step_lines(facts: dict[str, Any]) -> list[str]:
             f"  rescaled: {rescaled['folded']} inputs folded, {rescaled['multiplied']} by a Mul, "
             f"{rescaled['left']} left"
         )
+        if rescaled["left"] and _may_multiply(facts["recipe"]):
+            lines.append("    --set explicit=true puts a Mul where nothing can be folded")
     if kept := facts.get("kept"):
         lines.append(
             f"  {len(kept['layers'])} layers left for their error, {kept['share']:.1%} of the "
@@ -181,6 +183,10 @@ def _step_lines(facts: dict[str, Any]) -> list[str]:
             f"{found['gain_db']:.1f} dB on average"
         )
     return lines
+
+
+def _may_multiply(recipe: dict[str, Any]) -> bool:
+    return "smoothquant" in recipe["steps"] and not recipe["explicit"]
 
 
 def inspected_lines(result: Inspected) -> list[str]:
