@@ -106,7 +106,7 @@ def check_proto(proto: onnx.ModelProto) -> None:
 def check_text(proto: onnx.ModelProto) -> None:
     """Refuse names that are no UTF-8: protobuf hands those out as bytes, nobody expects them."""
     nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
-    names: list[object] = list(made(proto.graph))
+    names: list[object] = [proto.graph.name, *made(proto.graph)]
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         names.append(value.name)
         names += (d.dim_param for d in value.type.tensor_type.shape.dim)

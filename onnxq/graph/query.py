@@ -139,8 +139,8 @@ def type_number(tensor: gs.Tensor) -> int:
 
 def type_word(tensor: gs.Tensor) -> str:
     """A tensor's type in short: `fp32`, `fp16`, `fp8`, `int8`, ...; `?` where it is unknown."""
-    number = type_number(tensor)
-    name = str(onnx.TensorProto.DataType.Name(number)) if number else "?"
+    number, known = type_number(tensor), onnx.TensorProto.DataType
+    name = str(known.Name(number)) if number and number in known.values() else "?"
     return _WORDS.get(name, name.lower())
 
 

@@ -313,9 +313,12 @@ def test_broken_models(
     _refused_model(model, tmp_path, words)
 
 
-@pytest.mark.parametrize("name", [b"batch", b"then_g", b"only_then", b"p0", b"Relu", b"ow", b"vv"])
+@pytest.mark.parametrize(
+    "name", [b"batch", b"then_g", b"only_then", b"p0", b"Relu", b"ow", b"vv", b"the whole"]
+)
 def test_names_that_are_no_text(name: bytes, tmp_path: Path) -> None:
     model = g.with_if()
+    model.graph.name = "the whole"
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "batch"
     model.graph.node[0].domain, model.graph.node[1].overload = "ow", "vv"
     content = model.SerializeToString()

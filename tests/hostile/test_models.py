@@ -14,6 +14,7 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 from onnx import parser
 
+import onnxq
 from onnxq.errors import OnnxqError
 from onnxq.graph.exporting import export
 from onnxq.graph.model import Model
@@ -180,3 +181,17 @@ def test_large_weights_in_bodies_are_not_copied_to_infer_types(tmp_path: Path) -
     y = next(t for n, t in loaded.graph.tensors().items() if n == "y")
     assert tuple(y.shape) == ("n", 96)  # as with the weights
     assert loaded.export().graph == model.graph
+
+
+@pytest.mark.parametrize("number", [-31, 99, 2**31 - 1])
+def test_a_cast_to_a_type_that_onnx_does_not_know_can_be_linted(
+    number: int, tmp_path: Path
+) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (bool c, float[n] x) => (float[n] z) {
+        z = If(c) < then_branch = t () => (float[n] p) { q = Cast <to = 10> (x) p = Relu(x) },
+                    else_branch = e () => (float[n] q) { q = Relu(x) } > }"""
+    path = _saved(text, tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].attribute[0].g.node[0].attribute[0].i = number
+    path.write_bytes(model.SerializeToString())
+    assert onnxq.lint(path).findings == ()

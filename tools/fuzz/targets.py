@@ -113,6 +113,11 @@ def model(path: Path, rng: random.Random) -> None:
         again = rng.random() < 0.4
         onnxq.quantize(path, written, recipe=rng.choice(WITHOUT_DATA), requantize=again)
         Model.load(written)
+    if small and rng.random() < 0.1:
+        onnxq.prune(path, written, method="magnitude")
+        onnxq.check_zeros(written)
+    if rng.random() < 0.1:
+        onnxq.recommend(path, gpu="h100", workload="offline")
 
 
 def _linted(path: Path, written: Path, fix: bool, target: str) -> None:
