@@ -14,6 +14,7 @@ from core_graphs import Net, initializer, operators, recipe, run, snr
 import onnxq
 from onnxq.errors import OnnxqError
 from onnxq.recipe import load
+from onnxq.samples import Data
 
 LOUD = np.where(np.arange(64) % 9 == 0, 30.0, 1.0)
 
@@ -127,3 +128,27 @@ def test_the_calibrator_output_clips_what_few_rows_need(tmp_path: Path) -> None:
         got = run(onnx.load(made), {"x": held})[0]
         found[calibrator] = snr(wanted[:, 1:], got[:, 1:])
     assert found["output"] > found["mse:2"] + 10
+
+
+def test_a_mul_costs_no_kernel(tmp_path: Path) -> None:
+    """Behind a norm that a residual reads too; compiled for sm89."""
+    net = Net()
+    x = net.input("x", [4, 32, 64])
+    h = net.op("LayerNormalization", x, net.const("gain", LOUD), name="/norm")
+    a = net.op("Gelu", net.op("MatMul", h, net.weight("a", 64, 64), name="/a"))
+    b = net.op("MatMul", a, net.weight("b", 64, 64), name="/b")
+    net.output(net.op("Add", b, h, name="/residual"))
+    source = net.save(tmp_path / "net.onnx")
+    data = np.random.default_rng(0).standard_normal((4, 32, 64)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", x=data)
+    layers = {}
+    for changes in (("alpha=0.5",), ("alpha=0.5", "explicit=true")):
+        made = tmp_path / "m.onnx"
+        options: dict[str, Any] = {"recipe": "int8-smoothquant", "changes": changes}
+        done = onnxq.quantize(
+            source, made, calib=Data(path=str(tmp_path / "calib.npz"), batch=4), **options
+        )
+        built = onnxq.build(made, tmp_path / "m.plan", strict=True)
+        assert built.passed and built.engine is not None
+        layers[done.report.facts["rescaling"]["multiplied"]] = len(built.engine.layers)
+    assert layers[2] == layers[0]
