@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -21,8 +20,9 @@ from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
 from onnxq.linting.verb import lint as lint
+from onnxq.measuring import Measured, calibrate, measured_again, refuse_missing_data, say_steps
 from onnxq.progress import Progress, silent
-from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule, presets
+from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
 from onnxq.recipe import load as load_recipe
 from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
@@ -36,11 +36,9 @@ from onnxq.zeros import prune as prune
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
     from onnxq.calibrate.session import Device
-    from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
     from onnxq.transform import Ranges
-    from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
 
@@ -111,7 +109,7 @@ def quantize(
     if recipe_from is not None:
         reason = f"as {Path(recipe_from).name} was made"
     destination = _destination(source, output, chosen.name)
-    _refuse_missing_data(chosen, data, load_calib, recipe_from)
+    refuse_missing_data(chosen, data, load_calib, recipe_from)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
     announce(report.title)
 
@@ -133,8 +131,8 @@ def quantize(
         else nullcontext(Unfinished())
     )
     with kept as unfinished:
-        measured = _Measured(destination, memory, device, progress, report)
-        table = _calibrate(graph, placement, samples, load_calib, measured, unfinished)
+        measured = Measured(destination, memory, device, progress, report)
+        table = calibrate(graph, placement, samples, load_calib, measured, unfinished)
         if table is not None:
             report.notes += table.notes
             if save_calib is not None:
@@ -154,9 +152,9 @@ def quantize(
             report.edits += edits
             report.facts["rescaling"] = summary(edits)
             if chosen.needs_ranges:
-                table = _measured_again(graph, placement, table, samples, measured)
+                table = measured_again(graph, placement, table, samples, measured)
         if table is not None:
-            _say_steps(placement, table, report)
+            say_steps(placement, table, report)
         ranges = activation_ranges(placement, table) if table is not None else None
         if chosen.keeps:
             placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
@@ -520,75 +518,6 @@ def _recalled(path: Path, recipe: str | Recipe | None) -> tuple[Recipe, str, Pre
     return found, target, cast(Precision, precision)
 
 
-def _refuse_missing_data(
-    recipe: Recipe, data: Data, tables: Sequence[PathLike], source: PathLike | None
-) -> None:
-    if recipe.needs_data and not data.given and not tables:
-        what = "static scales" if recipe.needs_ranges else "steps that look at its layers' inputs"
-        others = ", ".join(n for n, r in presets().items() if not r.needs_data)
-        carried = f"; what was measured for {source} is not carried over" if source else ""
-        raise OnnxqError(
-            f"recipe {recipe.name} has {what} and needs calibration data{carried}",
-            f"give --calib data.npz or --text with --tokenizer; or use a recipe that needs none "
-            f"({others}); or --random-calib for a trial with random data",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """Runs the model over samples within the memory, and reports how that went."""
-
-    destination: Path
-    memory: int | None
-    device: Device
-    progress: Progress
-    report: Report
-
-    def __call__(
-        self, graph: Model, watched: dict[str, str], samples: Samples, fingerprint: str = ""
-    ) -> CalibrationTable:
-        from onnxq.calibrate.within import calibrate_within
-
-        table, ran = calibrate_within(
-            graph,
-            watched,
-            samples,
-            beside=self.destination,
-            memory=self.memory,
-            fingerprint=fingerprint,
-            device=self.device,
-            progress=self.progress,
-        )
-        self.report.facts["calibrated"] = ran.as_dict()
-        return table
-
-
-def _calibrate(
-    graph: Model,
-    placement: Placement,
-    samples: Samples | None,
-    tables: Sequence[PathLike],
-    measured: _Measured,
-    unfinished: Unfinished,
-) -> CalibrationTable | None:
-    """The statistics a static recipe needs: from saved tables, or from one pass over the data."""
-    from onnxq.calibrate.table import load_table
-    from onnxq.transform import watched_tensors
-
-    if not (placement.recipe.needs_ranges or placement.recipe.statistics):
-        return None
-    watched = watched_tensors(placement)
-    if not tables:
-        assert samples is not None  # `_refuse_missing_data` saw to it
-        run = partial(measured, graph, watched, samples, graph.fingerprint)
-        return unfinished.table(run, graph.fingerprint)
-    table = load_table(Path(tables[0]), graph.fingerprint)
-    for path in tables[1:]:
-        table = table.merge(load_table(Path(path), graph.fingerprint))
-    table.require(graph.fingerprint, watched)
-    return table
-
-
 def _run(
     source: Path,
     graph: Model,
@@ -636,49 +565,6 @@ def _kept(
     report.edits += edits
     report.facts["kept"] = facts
     return placement, placement.recipe.keeping(tuple(edit.target for edit in edits))
-
-
-def _measured_again(
-    graph: Model,
-    placement: Placement,
-    table: CalibrationTable,
-    samples: Samples | None,
-    measured: _Measured,
-) -> CalibrationTable:
-    """The table with the ranges of the rescaled model in the place of the original's."""
-    from onnxq.transform import watched_tensors
-
-    if samples is None:
-        raise OnnxqError(
-            f"recipe {placement.recipe.name} rescales layers, whose ranges must be measured again",
-            "give the data too, with --calib or --text: a calibration table is not enough",
-        )
-    watched = {
-        tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram", "steps"))
-        for tensor, names in watched_tensors(placement).items()
-    }
-    again = measured(graph, {tensor: names for tensor, names in watched.items() if names}, samples)
-    tensors = table.statistics.keys() | again.statistics.keys()
-    return dataclasses.replace(
-        table,
-        statistics={
-            t: {**table.statistics.get(t, {}), **again.statistics.get(t, {})} for t in tensors
-        },
-    )
-
-
-def _say_steps(placement: Placement, table: CalibrationTable, report: Report) -> None:
-    """What a calibration that was kept by denoising step found."""
-    from onnxq.loudness import lines, loudness, missing
-
-    found = loudness(placement, table)
-    if found is not None:
-        report.facts["amax_by_step"] = found
-        report.notes += lines(found)
-    elif missing(table):
-        report.notes.append(
-            "the data says no denoising step (no input timestep): all samples count as one"
-        )
 
 
 def _facts_before(graph: Model) -> dict[str, Any]:
