@@ -1,4 +1,4 @@
-"""The spine: load -> place -> calibrate -> convert -> emit -> save; then build, and compare.
+"""The verbs: quantize, inspect, build, compare, lint, prune, recommend.
 
 Every function imports what it needs when it is called, so that `import onnxq` stays light.
 """
@@ -6,184 +6,31 @@ Every function imports what it needs when it is called, so that `import onnxq` s
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 from onnxq import record
-from onnxq.base import Precision, convert_base, refuse_little_memory, write_fp16
+from onnxq.base import write_fp16
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
-from onnxq.gpus import target as find_target
 from onnxq.linting.verb import lint as lint
-from onnxq.measuring import Measured, calibrate, measured_again, refuse_missing_data, say_steps
 from onnxq.progress import Progress, silent
-from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
-from onnxq.recipe import load as load_recipe
+from onnxq.quantizing import choose_recipe, placed, site_counts
+from onnxq.quantizing import quantize as quantize
+from onnxq.recipe import Recipe
 from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
 from onnxq.results import Built, Compared, Inspected, Linted, Quantized, Result
-from onnxq.rules import check_choice
 from onnxq.samples import Data
 from onnxq.zeros import DEFAULT_PATTERN as DEFAULT_PATTERN
 from onnxq.zeros import check_zeros as check_zeros
 from onnxq.zeros import prune as prune
 
 if TYPE_CHECKING:
-    from onnxq.calibrate.data import Samples
     from onnxq.calibrate.session import Device
-    from onnxq.graph.model import Model
-    from onnxq.placement import Placement
-    from onnxq.transform import Ranges
 
 PathLike = str | Path
-
-
-def quantize(
-    model: PathLike,
-    output: PathLike | None = None,
-    *,
-    recipe: str | Recipe | None = None,
-    target: str = DEFAULT_TARGET,
-    calib: PathLike | Data | None = None,
-    precision: Precision = "fp16",
-    io: Literal["keep", "fp16"] = "keep",
-    rules: Sequence[str] = (),
-    changes: Sequence[str] = (),
-    calibrator: str | None = None,
-    memory: int | None = None,
-    device: Device = "auto",
-    save_calib: PathLike | None = None,
-    load_calib: Sequence[PathLike] = (),
-    requantize: bool = False,
-    resume: bool = False,
-    recipe_from: PathLike | None = None,
-    announce: Callable[[str], None] = lambda line: None,
-    progress: Progress = silent,
-) -> Quantized:
-    """Write a quantized copy of an ONNX model.
-
-    Args:
-        model: the full-precision model; never written to.
-        output: default: beside the model, `<name>.<recipe>.onnx`.
-        recipe: a preset, a YAML file, or a Recipe. None: fp8 or int8 with `calib`, else the dynamic
-            recipe of the target.
-        calib: calibration data (a path, or `Data`); dynamic recipes need none.
-        precision: what an FP32 model becomes where it is not quantized.
-        io: `fp16` makes the floating-point inputs and outputs 16 bits wide too.
-        rules: overrides such as `leave node=/fc1` (see `recipe.Rule`).
-        changes: other fields of the recipe, such as `block_size=32` (see `recipe.Recipe`).
-        calibrator: replaces the recipe's.
-        memory: bytes that the process may take while it calibrates: a model that needs more is run
-            in segments. None: what the machine has.
-        save_calib, load_calib: keep the calibration table; use saved ones instead of data.
-        requantize: take out the quantization that the model has; else such a model is refused.
-        resume: keep what is finished beside the output until that is written, and go on from
-            what a run that was stopped has kept there.
-        recipe_from: a model onnxq wrote: its recipe, target and precision, with `rules` and
-            `changes` on top. Nothing measured is taken from it: static scales need data again.
-        announce: is told the recipe, and why it was chosen, before anything that takes long.
-
-    Raises:
-        OnnxqError: anything wrong with the input; nothing has been written then.
-    """
-    from onnxq.algorithms import STEPS
-    from onnxq.graph.model import Model
-    from onnxq.inputs import layer_inputs
-    from onnxq.rescaling import rescale, summary
-    from onnxq.solving import Solver
-    from onnxq.transform import activation_ranges, apply_placement, settle
-    from onnxq.unfinished import Unfinished, unfinished_beside
-
-    started = time.monotonic()
-    source, data = Path(model), Data.of(calib)
-    if recipe_from is not None:
-        recipe, target, precision = _recalled(Path(recipe_from), recipe)
-    chosen, reason = choose_recipe(
-        recipe, target, rules, calibrator, changes, has_ranges=data.given or bool(load_calib)
-    )
-    if recipe_from is not None:
-        reason = f"as {Path(recipe_from).name} was made"
-    destination = _destination(source, output, chosen.name)
-    refuse_missing_data(chosen, data, load_calib, recipe_from)
-    report = Report(f"recipe {chosen.name} for {target}: {reason}")
-    announce(report.title)
-
-    graph, placement = _placed(source, chosen, target, report, precision, requantize)
-    before = _facts_before(graph)
-    report.facts.update(**before, target=target, recipe=chosen.as_dict(), calibration=None)
-    if not placement.quantized and not requantize:
-        report.notes[-1] += ": the model is copied as it is"
-        report.edits.clear()
-        return _saved(Model.load(source), destination, placement, report, started, progress)
-    samples = data.open(graph.inputs(), progress) if data.given else None
-    if samples is not None:
-        refuse_little_memory(graph, precision, samples, memory)
-    kept = (
-        unfinished_beside(
-            destination, _run(source, graph, chosen, target, precision, io, samples, load_calib)
-        )
-        if resume and chosen.steps
-        else nullcontext(Unfinished())
-    )
-    with kept as unfinished:
-        measured = Measured(destination, memory, device, progress, report)
-        table = calibrate(graph, placement, samples, load_calib, measured, unfinished)
-        if table is not None:
-            report.notes += table.notes
-            if save_calib is not None:
-                table.save(Path(save_calib))
-        digest = table.digest if table is not None else None
-        if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-            placement, table, edits = rescale(
-                graph,
-                placement,
-                table,
-                progress,
-                samples,
-                device,
-                beside=destination,
-                memory=memory,
-            )
-            report.edits += edits
-            report.facts["rescaling"] = summary(edits)
-            if chosen.needs_ranges:
-                table = measured_again(graph, placement, table, samples, measured)
-        if table is not None:
-            say_steps(placement, table, report)
-        ranges = activation_ranges(placement, table) if table is not None else None
-        if chosen.keeps:
-            placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
-        with layer_inputs(graph, placement, table, samples, device) as inputs:
-            report.edits += convert_base(
-                graph,
-                precision,
-                convert_io=io == "fp16",
-                samples=samples,
-                calibrated=table.peaks() if table else None,
-                beside=destination,
-                memory=memory,
-                device=device,
-                progress=progress,
-            )
-            placement = settle(placement, ranges)
-            sites = [decision.site for decision in placement.quantized]
-            solver = None
-            if inputs is not None:
-                solver = Solver(chosen.steps, inputs, sites, unfinished, chosen.pattern)
-            report.edits += apply_placement(graph, placement, ranges, progress, solver)
-        if solver is not None:
-            report.edits += solver.edits()
-            report.facts["rounding"] = solver.facts()
-        if unfinished.found:
-            report.notes.append(f"{unfinished.found} parts were finished by a run that was stopped")
-        record.stamp(graph, chosen, target, precision, digest, report.edits)
-        report.facts.update(calibration=digest)
-        return _saved(graph, destination, placement, report, started, progress)
 
 
 def inspect(
@@ -204,12 +51,12 @@ def inspect(
             return Inspected(Report(f"written by onnxq {made.get('version', '?')}", made))
     chosen, reason = choose_recipe(recipe, target, rules, changes=changes)
     report = Report(f"recipe {chosen.name} for {target}: {reason}")
-    _, placement = _placed(source, chosen, target, report)
+    _, placement = placed(source, chosen, target, report)
     report.facts.update(
         model=source,
         target=target,
         recipe=chosen.as_dict(),
-        sites=_site_counts(placement),
+        sites=site_counts(placement),
         decisions=[
             {
                 "node": d.site.name,
@@ -376,218 +223,6 @@ def compare(
     passed = all(row.passed for row in comparison.rows if row.candidate == "candidate")
     facts = {"model": reference, "candidate": other, "comparison": comparison.as_dict()}
     return Compared(Report(f"{other.name} against {reference.name}", facts), passed, comparison)
-
-
-def choose_recipe(
-    recipe: str | Recipe | None,
-    target: str,
-    rules: Sequence[str] = (),
-    calibrator: str | None = None,
-    changes: Sequence[str] = (),
-    *,
-    has_ranges: bool = False,
-) -> tuple[Recipe, str]:
-    """The recipe to run, and why.
-
-    Args:
-        has_ranges: whether there is data or a calibration table.
-    """
-    gpu = find_target(target)
-    if recipe is not None:
-        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-        reason = "as asked"
-    elif has_ranges:
-        name = "fp8" if gpu.runs("fp8") else "int8"
-        chosen, reason = load_recipe(name), f"there is data, and {gpu.name} multiplies {name}"
-    else:
-        chosen, reason = default_for(gpu)
-    chosen = chosen.with_changes(changes)
-    if calibrator is not None:
-        check_calibrator(calibrator)
-        if not chosen.needs_ranges:
-            raise OnnxqError(
-                f"recipe {chosen.name} has no ranges to calibrate", "leave out --calibrator"
-            )
-        chosen = dataclasses.replace(chosen, calibrator=calibrator, conv_calibrator="")
-    return chosen.with_rules(tuple(parse_rule(r) for r in rules)), reason
-
-
-def _saved(
-    graph: Model,
-    destination: Path,
-    placement: Placement,
-    report: Report,
-    started: float,
-    progress: Progress,
-) -> Quantized:
-    """Write the model, and the figures of the run into the report."""
-    from onnxq.graph.save import save
-    from onnxq.linting.verb import check_written
-
-    written = save(graph, destination, progress=progress)
-    if placement.target.tensorrt:
-        check_written(report, graph, placement.target)
-    report.facts.update(
-        output=written[0],
-        files=written,
-        sites=_site_counts(placement),
-        bytes_after=sum(p.stat().st_size for p in written if p.exists()),  # another run may write
-        seconds=round(time.monotonic() - started, 2),
-    )
-    return Quantized(report, True, tuple(written), placement)
-
-
-def _placed(
-    source: Path,
-    recipe: Recipe,
-    target: str,
-    report: Report,
-    precision: Precision = "keep",
-    requantize: bool = False,
-) -> tuple[Model, Placement]:
-    """Load, prepare and place; what that changed or found goes into the report."""
-    from onnxq.graph.model import Model
-    from onnxq.graph.precision import BASES
-    from onnxq.graph.prepare import prepare
-    from onnxq.placement import place
-
-    opset = recipe.min_opset
-    if precision != "keep":
-        opset = max(opset, BASES[precision].min_opset)
-    model, edits = prepare(Model.load(source), opset)
-    report.edits += edits
-    if requantize:
-        _strip(model, report)
-    placement = place(model, recipe, find_target(target))
-    report.notes += placement.notes
-    if not placement.quantized:
-        report.notes.append(f"there is no node to {'quantize' if recipe.quantizes else 'prune'}")
-    return model, placement
-
-
-def _strip(model: Model, report: Report) -> None:
-    """Take out the quantization a model has, and say what that was."""
-    from onnxq.graph.strip import strip_quantization
-
-    edits = strip_quantization(model)
-    record.erase(model)
-    report.edits += edits
-    counts = {verb: sum(e.verb == verb for e in edits) for verb in _STRIPPED}
-    said = [what.format(n) for verb, what in _STRIPPED.items() if (n := counts[verb])]
-    report.notes.append(f"stripped first: {'; '.join(said) or 'nothing, it is not quantized'}")
-
-
-_STRIPPED = {
-    "dequantize": "{} weights are the floats their codes stood for, with their rounding",
-    "remove Q/DQ": "the Q/DQ of {} activations",
-    "remove scales": "the scales computed for {} layers",
-}
-
-
-def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
-    """Where to write, refused before anything is computed where that cannot be."""
-    try:
-        if not source.is_file():
-            what = "not a file" if source.exists() else "no such file"
-            raise OnnxqError(f"{what}: {source}", "name the model's .onnx file")
-        path = Path(output) if output else source.with_name(f"{source.stem}.{recipe}.onnx")
-        if not path.parent.is_dir():
-            raise OnnxqError(f"no such folder: {path.parent}", "create it first")
-        longest = os.pathconf(path.parent, "PC_NAME_MAX") - len(".01234567.data")
-        if len(os.fsencode(path.name)) > longest:
-            raise OnnxqError(
-                f"the output's name is longer than {longest} bytes, or its data file's would be "
-                f"too long: {path}",
-                "give a shorter one with -o",
-            )
-        if path.exists() and path.samefile(source):
-            raise OnnxqError(f"the output is the input: {path}", "give another path with -o")
-        if path.is_dir():
-            raise OnnxqError(f"the output is a folder: {path}", "name the file to write")
-    except OSError as error:
-        raise OnnxqError(f"{error.strerror}: {error.filename}", "give another path") from error
-    return path
-
-
-def _recalled(path: Path, recipe: str | Recipe | None) -> tuple[Recipe, str, Precision]:
-    """What a model onnxq wrote was made by."""
-    if recipe is not None:
-        raise OnnxqError("a recipe and a model to take one from", "give one of them")
-    found, target, precision = record.recall(path)
-    check_choice(str(path), "precision", precision, get_args(Precision))
-    return found, target, cast(Precision, precision)
-
-
-def _run(
-    source: Path,
-    graph: Model,
-    recipe: Recipe,
-    target: str,
-    precision: str,
-    io: str,
-    samples: Samples | None,
-    tables: Sequence[PathLike],
-) -> dict[str, Any]:
-    """All that the results of a run depend on; the model to the last byte of its weights."""
-    from onnxq import __version__
-    from onnxq.files import sha256
-
-    files = {source, *(values.extent.path for values in graph.stored_outside())}
-    return {
-        "version": __version__,
-        "model": sorted(sha256(file) for file in files),
-        "recipe": json.loads(json.dumps(recipe.as_dict())),
-        "target": target,
-        "precision": [precision, io],
-        "data": [samples.digest if samples else "", *(sha256(Path(t)) for t in tables)],
-    }
-
-
-def _kept(
-    graph: Model,
-    placement: Placement,
-    ranges: Ranges | None,
-    samples: Samples | None,
-    report: Report,
-    device: Device,
-    progress: Progress,
-) -> tuple[Placement, Recipe]:
-    """The placement without the layers that cost too much, and the recipe that names them."""
-    from onnxq.keeping import keep
-
-    if samples is None:
-        raise OnnxqError(
-            "which layers cost the outputs most is measured on data: a calibration table is not "
-            "enough",
-            "give the data too, with --calib or --text",
-        )
-    placement, edits, facts = keep(graph, placement, ranges, samples, device, progress)
-    report.edits += edits
-    report.facts["kept"] = facts
-    return placement, placement.recipe.keeping(tuple(edit.target for edit in edits))
-
-
-def _facts_before(graph: Model) -> dict[str, Any]:
-    outside = sum(values.nbytes for values in graph.stored_outside())
-    return {
-        "model": graph.path,
-        "nodes": len(graph.graph.nodes),
-        "bytes_before": graph.path.stat().st_size + outside,
-        "fingerprint": graph.fingerprint,
-    }
-
-
-def _site_counts(placement: Placement) -> dict[str, Any]:
-    """Per kind: how many sites, how many quantized; and the reasons for what is left."""
-    counts: dict[str, Any] = {}
-    for decision in placement.decisions:
-        entry = counts.setdefault(decision.site.kind, {"sites": 0, "quantized": 0})
-        entry["sites"] += 1
-        entry["quantized"] += decision.quantized
-    left: dict[str, int] = {}
-    for decision in placement.left:
-        left[decision.reason] = left.get(decision.reason, 0) + 1
-    return {**counts, "left": left}
 
 
 __all__ = [

@@ -52,7 +52,7 @@ def prune(
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
-    from onnxq.api import quantize
+    from onnxq.quantizing import quantize
 
     data = Data.of(calib)
     if method is None:

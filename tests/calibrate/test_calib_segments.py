@@ -211,14 +211,14 @@ MODELS = {
 def test_real_models_have_the_same_table(name: str, models: Path, tmp_path: Path) -> None:
     """Maxima, histograms and Gram matrices, bit for bit; FP16 ones as ONNX Runtime computes them
     in one piece, without a rounding at the cuts."""
-    from onnxq.api import _placed, choose_recipe
+    from onnxq.quantizing import choose_recipe, placed
     from onnxq.report import Report
     from onnxq.samples import Data
     from onnxq.transform import watched_tensors
 
     recipe, tokenizer, memory = MODELS[name]
     chosen, _ = choose_recipe(recipe, "sm89")
-    model, placement = _placed(models / name / "model.onnx", chosen, "sm89", Report(""))
+    model, placement = placed(models / name / "model.onnx", chosen, "sm89", Report(""))
     watched = watched_tensors(placement)
     data = Data(models / name / "calib.npz", batch=2)
     if tokenizer is not None:
