@@ -14,7 +14,7 @@ import onnx
 import pytest
 from core_graphs import Net, run, snr
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 
 import onnxq
 from onnxq.drafts import Drafts
@@ -387,3 +387,37 @@ def test_an_order_that_makes_no_sense_is_refused_with_the_reason() -> None:
     with pytest.raises(OnnxqError) as caught:
         from_dict({"sparsity": "2:4", "steps": ["gptq", "sparsegpt"]}, "x.yaml")
     assert "zeros put in later undo what was chosen" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        ("Transpose <perm=[0, 2, 1]> (w)", None),
+        ("DequantizeLinear <axis=1> (w8, scale, zeros)", "zero points of shape [3] for codes of"),
+    ],
+)
+def test_the_check_of_a_damaged_file_ends_in_one_line(
+    weight: str, said: str | None, tmp_path: Path
+) -> None:
+    """Found by fuzzing: a Transpose of another rank than its weight. Passed over, or refused."""
+    model = parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["": 21]>
+        g (float[n, 8] x) => (float[n, 8] y) {{
+            v = {weight}
+            y = MatMul(x, v)
+        }}"""
+    )
+    ones = np.ones((8, 8))
+    for name, values in (
+        ("w", ones.astype(np.float32)),
+        ("w8", ones.astype(np.int8)),
+        ("scale", np.ones(8, np.float32)),
+        ("zeros", np.ones(3, np.int8)),
+    ):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    if said is None:
+        assert onnxq.check_zeros(tmp_path / "m.onnx").as_dict()["weights"] == []
+        return
+    with pytest.raises(OnnxqError, match=re.escape(said)):
+        onnxq.check_zeros(tmp_path / "m.onnx")

@@ -72,6 +72,16 @@ class ConstantOperand:
         return values if self.permutation is None else values.transpose(self.permutation)
 
 
+def joined_permutation(
+    transpose: gs.Node, behind: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """A Transpose and those behind it as one; None where its own is unknown, or of another rank."""
+    step = perm_of(transpose)
+    if step is None or behind is None:
+        return step
+    return tuple(step[i] for i in behind) if len(step) == len(behind) else None
+
+
 def constant_operand(node: gs.Node, index: int) -> ConstantOperand | None:
     """The constant behind input `index`, seen through Identity, Cast and Transpose."""
     if index >= len(node.inputs):
@@ -83,10 +93,9 @@ def constant_operand(node: gs.Node, index: int) -> ConstantOperand | None:
         if source is None or source.op not in ("Identity", "Cast", "Transpose"):
             return None
         if source.op == "Transpose":
-            step = perm_of(source)
-            if step is None:
+            permutation = joined_permutation(source, permutation)
+            if permutation is None:
                 return None
-            permutation = step if permutation is None else tuple(step[i] for i in permutation)
         through.append(source)
         tensor = source.inputs[0]
     if permutation is not None and len(permutation) != len(tensor.shape):

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxq.graph.query import perm_of, producer, type_word
+from onnxq.errors import OnnxqError
+from onnxq.graph.query import joined_permutation, producer, type_word
 from onnxq.graph.weights import array
 
 _CODES = ("DequantizeLinear", "QuantizeLinear", "TRT_MXFP8DequantizeLinear")
@@ -57,8 +58,17 @@ def _under_blocks(values: NDArray[np.generic], offsets: NDArray[np.generic]) -> 
     """Codes equal to the zero point of their channel or block."""
     wide = offsets.astype(np.int32)
     if wide.ndim != values.ndim:
-        axis = next(a for a, d in enumerate(values.shape) if d == len(wide))
-        wide = wide.reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+        axis = next((a for a, d in enumerate(values.shape) if d == wide.size), -1)
+        wide = wide.reshape(
+            [-1 if a == axis else 1 for a in range(values.ndim)] if axis >= 0 else -1
+        )
+    if wide.ndim != values.ndim or any(
+        n > d for n, d in zip(wide.shape, values.shape, strict=True)
+    ):
+        raise OnnxqError(
+            f"zero points of shape {list(offsets.shape)} for codes of {list(values.shape)}",
+            "ONNX allows one for all, one a channel or one a block: export the model again",
+        )
     for axis, (length, count) in enumerate(zip(values.shape, wide.shape, strict=True)):
         if 1 < count < length:
             wide = np.repeat(wide, -(-length // count), axis)
@@ -75,12 +85,13 @@ def stored_weight(node: gs.Node) -> StoredWeight | None:
         if source is None or source.op not in (*_CODES, *_LAYOUT):
             return None
         if source.op == "Transpose":
-            step = perm_of(source)
-            if step is None:
+            permutation = joined_permutation(source, permutation)
+            if permutation is None:
                 return None
-            permutation = step if permutation is None else tuple(step[i] for i in permutation)
         if source.op == "DequantizeLinear":
             given = source.inputs[2] if len(source.inputs) > 2 else None
             zero = given if isinstance(given, gs.Constant) else None
         tensor = source.inputs[0]
+    if permutation is not None and len(permutation) != len(tensor.shape):
+        return None
     return StoredWeight(tensor, permutation, zero)
