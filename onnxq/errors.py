@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LONGEST_PART = 800
+LONGEST_PART = 590
 """Characters of a message or a hint: a name in a damaged file can be as long as the file."""
 
 
