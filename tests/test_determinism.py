@@ -115,7 +115,6 @@ def test_order_and_form_of_the_data_and_the_process_change_no_byte(runs: Runs) -
 VARIANTS: dict[str, dict[str, Any]] = {
     "one processor": {"cpus": {min(os.sched_getaffinity(0))}},
     "four at a time": {"words": ("--batch", "4")},
-    "in passes": {"words": ("--memory", "1MB")},
 }
 
 
