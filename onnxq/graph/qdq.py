@@ -243,6 +243,8 @@ def _widened(made: gs.Tensor, path: tuple[gs.Node, ...], types: Elements) -> boo
 
 def factor(node: gs.Node) -> float | None:
     """The one constant number a Mul or Div multiplies or divides by; None for anything else."""
+    if all(isinstance(t, gs.Constant) for t in node.inputs):
+        return None  # there is nothing that it scales
     if node.op == "Div":
         return scalar(node.inputs[1])
     found = [scalar(t) for t in node.inputs if isinstance(t, gs.Constant)]

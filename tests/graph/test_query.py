@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from core_graphs import Net, placed, reasons
 from onnx import TensorProto as T
@@ -15,6 +17,7 @@ from onnxq.graph.dims import Dims
 from onnxq.graph.model import Model
 from onnxq.graph.precision import BASES, plan_precision
 from onnxq.graph.prepare import prepare
+from onnxq.graph.qdq import factor
 from onnxq.graph.query import has_subgraph, known_shapes, label, live_nodes, scalar
 
 
@@ -133,3 +136,13 @@ def test_dimensions_joined_many_times_keep_short_names() -> None:
     assert all(isinstance(name, str) and len(name) < 20 for name in names)
     # x + r is as long as x - r; in the next round all is of another length.
     assert names[0] == names[1] == names[2] != names[3]
+
+
+def test_a_product_of_constants_scales_nothing() -> None:
+    """Found by fuzzing: lint looked for the operand that is no constant."""
+    two, three = (gs.Constant(n, np.array(v, np.float32)) for n, v in (("a", 2), ("b", 3)))
+    x = gs.Variable("x", np.float32, [4])
+    made = gs.Variable("y", np.float32, [4])
+    assert factor(gs.Node("Mul", inputs=[two, three], outputs=[made])) is None
+    assert factor(gs.Node("Mul", inputs=[x, three], outputs=[made])) == 3
+    assert factor(gs.Node("Div", inputs=[two, three], outputs=[made])) is None
