@@ -28,6 +28,11 @@ PathLike = str | Path
 def refuse_missing_data(
     recipe: Recipe, data: Data, tables: Sequence[PathLike], source: PathLike | None
 ) -> None:
+    """Refuse a recipe that needs data without any.
+
+    Args:
+        source: the model whose record the recipe was taken from, if it was.
+    """
     if recipe.needs_data and not data.given and not tables:
         what = "static scales" if recipe.needs_ranges else "steps that look at its layers' inputs"
         others = ", ".join(n for n, r in presets().items() if not r.needs_data)

@@ -19,26 +19,22 @@ from onnxq.base import Precision, convert_base, refuse_little_memory
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
-from onnxq.linting.verb import lint as lint
 from onnxq.measuring import Measured, calibrate, measured_again, refuse_missing_data, say_steps
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
 from onnxq.recipe import load as load_recipe
-from onnxq.recommending import recommend as recommend
 from onnxq.report import Report
 from onnxq.results import Quantized
 from onnxq.rules import check_choice
 from onnxq.samples import Data
-from onnxq.zeros import DEFAULT_PATTERN as DEFAULT_PATTERN
-from onnxq.zeros import check_zeros as check_zeros
-from onnxq.zeros import prune as prune
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
+    from onnxq.calibrate.ranges import Ranges
     from onnxq.calibrate.session import Device
+    from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
-    from onnxq.transform import Ranges
 
 PathLike = str | Path
 
@@ -94,7 +90,6 @@ def quantize(
     from onnxq.algorithms import STEPS
     from onnxq.graph.model import Model
     from onnxq.inputs import layer_inputs
-    from onnxq.rescaling import rescale, summary
     from onnxq.solving import Solver
     from onnxq.transform import activation_ranges, apply_placement, settle
     from onnxq.unfinished import Unfinished, unfinished_beside
@@ -114,8 +109,9 @@ def quantize(
     announce(report.title)
 
     graph, placement = placed(source, chosen, target, report, precision, requantize)
-    before = facts_before(graph)
-    report.facts.update(**before, target=target, recipe=chosen.as_dict(), calibration=None)
+    report.facts.update(
+        **_facts_before(graph), target=target, recipe=chosen.as_dict(), calibration=None
+    )
     if not placement.quantized and not requantize:
         report.notes[-1] += ": the model is copied as it is"
         report.edits.clear()
@@ -139,25 +135,12 @@ def quantize(
                 table.save(Path(save_calib))
         digest = table.digest if table is not None else None
         if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-            placement, table, edits = rescale(
-                graph,
-                placement,
-                table,
-                progress,
-                samples,
-                device,
-                beside=destination,
-                memory=memory,
-            )
-            report.edits += edits
-            report.facts["rescaling"] = summary(edits)
-            if chosen.needs_ranges:
-                table = measured_again(graph, placement, table, samples, measured)
+            placement, table = _rescaled(graph, placement, table, samples, measured)
         if table is not None:
             say_steps(placement, table, report)
         ranges = activation_ranges(placement, table) if table is not None else None
         if chosen.keeps:
-            placement, chosen = _kept(graph, placement, ranges, samples, report, device, progress)
+            placement, chosen = _kept(graph, placement, ranges, samples, measured)
         with layer_inputs(graph, placement, table, samples, device) as inputs:
             report.edits += convert_base(
                 graph,
@@ -326,14 +309,39 @@ def _run(
     }
 
 
+def _rescaled(
+    graph: Model,
+    placement: Placement,
+    table: CalibrationTable,
+    samples: Samples | None,
+    measured: Measured,
+) -> tuple[Placement, CalibrationTable]:
+    """The placement and the statistics behind the steps that rescale layers."""
+    from onnxq.rescaling import rescale, summary
+
+    placement, table, edits = rescale(
+        graph,
+        placement,
+        table,
+        measured.progress,
+        samples,
+        measured.device,
+        beside=measured.destination,
+        memory=measured.memory,
+    )
+    measured.report.edits += edits
+    measured.report.facts["rescaling"] = summary(edits)
+    if placement.recipe.needs_ranges:
+        table = measured_again(graph, placement, table, samples, measured)
+    return placement, table
+
+
 def _kept(
     graph: Model,
     placement: Placement,
     ranges: Ranges | None,
     samples: Samples | None,
-    report: Report,
-    device: Device,
-    progress: Progress,
+    measured: Measured,
 ) -> tuple[Placement, Recipe]:
     """The placement without the layers that cost too much, and the recipe that names them."""
     from onnxq.keeping import keep
@@ -344,9 +352,11 @@ def _kept(
             "enough",
             "give the data too, with --calib or --text",
         )
-    placement, edits, facts = keep(graph, placement, ranges, samples, device, progress)
-    report.edits += edits
-    report.facts["kept"] = facts
+    placement, edits, facts = keep(
+        graph, placement, ranges, samples, measured.device, measured.progress
+    )
+    measured.report.edits += edits
+    measured.report.facts["kept"] = facts
     return placement, placement.recipe.keeping(tuple(edit.target for edit in edits))
 
 
@@ -375,7 +385,7 @@ def _saved(
     return Quantized(report, True, tuple(written), placement)
 
 
-def facts_before(graph: Model) -> dict[str, Any]:
+def _facts_before(graph: Model) -> dict[str, Any]:
     outside = sum(values.nbytes for values in graph.stored_outside())
     return {
         "model": graph.path,
