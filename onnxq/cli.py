@@ -139,6 +139,11 @@ _RULES = click.option(
     metavar="RULE",
     help="Override: 'leave|quantize node=|weight=|module=|op=PATTERN'; * and ? are wildcards.",
 )
+_MEMORY = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What calibration may take, such as 8GB: a larger model runs in segments.",
+)
 
 
 @main.command()
@@ -185,11 +190,7 @@ _RULES = click.option(
 @click.option(
     "--snr", type=float, metavar="DB", help="The same, only until the outputs have DB decibels."
 )
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="What calibration may take, such as 8GB: a larger model runs in segments.",
-)
+@_MEMORY
 @click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
 @click.option(
     "--load-calib",
@@ -248,7 +249,7 @@ def quantize(
 @click.option("--sequential", is_flag=True, help="Layer by layer, behind those pruned already.")
 @_data_options("--calib", "Calibration data")
 @_RULES
-@click.option("--memory", metavar="SIZE", help="For watched activations, such as 2GB.")
+@_MEMORY
 @click.option("--check", is_flag=True, help="Prove the zeros of MODEL instead; exit 1 if any miss.")
 @_REPORT
 @click.pass_obj
