@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxq import numerics
+from onnxq.calibrate.ranges import Ranges
 from onnxq.formats import QuantScheme
 from onnxq.placement import Decision, Placement
 from onnxq.progress import Progress, silent
@@ -23,7 +24,7 @@ from onnxq.report import Edit, decibels
 from onnxq.rounding import finite_peaks
 from onnxq.schemes import granularity, output_axis
 from onnxq.sites import Site
-from onnxq.transform import Ranges, settle
+from onnxq.transform import settle
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples

@@ -160,10 +160,15 @@ class _Weight:
         try:
             return numerics.scales_for(peak, scheme), scheme
         except numerics.ScaleRangeError as error:
-            raise OnnxqError(
-                f"weight {self.site.weight_name!r} of {self.site.name!r}: {error}",
-                f"leave the layer: --rule 'leave weight={self.site.weight_name}'",
-            ) from None
+            raise without_scales(self.site, error) from None
+
+
+def without_scales(site: Site, error: Exception) -> OnnxqError:
+    """What to say of a weight whose scales do not fit their type."""
+    return OnnxqError(
+        f"weight {site.weight_name!r} of {site.name!r}: {error}",
+        f"leave the layer: --rule 'leave weight={site.weight_name}'",
+    )
 
 
 def weight_matrix(site: Site, recipe: Recipe) -> tuple[Array, QuantScheme]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from onnxq import numerics
 from onnxq.algorithms.search import search_ranges, search_scales
-from onnxq.errors import OnnxqError
 from onnxq.formats import QuantScheme
-from onnxq.rounding import Array
+from onnxq.rounding import Array, without_scales
 from onnxq.sites import Site
 
 
@@ -17,10 +16,7 @@ def scales_of(site: Site, values: Array, scheme: QuantScheme) -> tuple[Array, Ar
             return numerics.scales_for(numerics.peaks(values, scheme.granularity), scheme), None
         return numerics.scales_and_zeros(*numerics.extremes(values, scheme.granularity), scheme)
     except numerics.ScaleRangeError as error:
-        raise OnnxqError(
-            f"weight {site.weight_name!r} of {site.name!r}: {error}",
-            f"leave the layer: --rule 'leave weight={site.weight_name}'",
-        ) from None
+        raise without_scales(site, error) from None
 
 
 def searched(values: Array, h: Array, scheme: QuantScheme) -> tuple[Array, Array | None]:

@@ -12,13 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from onnxq.calibrate.ranges import Range
+from onnxq.calibrate.ranges import Ranges
 from onnxq.graph.attention import factors_before
 from onnxq.graph.ir import Node, Tensor
 from onnxq.placement import Placement
 from onnxq.unet import makers
-
-Ranges = dict[tuple[int, int], Range]
 
 _MOST = 32.0
 """How much larger a shared range may be than an operand's own: 5 of the 15 exponents of FP8."""

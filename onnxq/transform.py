@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import numerics
-from onnxq.calibrate.ranges import Range
+from onnxq.calibrate.ranges import Ranges
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.centers import can_center, centered_layers, joined_bias
 from onnxq.clipping import output_range
@@ -38,9 +38,6 @@ from onnxq.threads import in_order
 SOFTMAX_PEAK = 1.0
 """Probabilities need no calibration: the scale is 1/448."""
 
-
-Ranges = dict[tuple[int, int], Range]
-"""(id(node), input index) -> what the codes shall cover."""
 
 _WITHOUT_ROWS = "mse:2"  # in the place of "output" for what is not linear
 _MOST_LOST = 0.95  # of a tensor's channels

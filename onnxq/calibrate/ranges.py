@@ -69,6 +69,10 @@ class Range:
     lost: float = 0.0
 
 
+Ranges = dict[tuple[int, int], Range]
+"""(id(node), input index) -> what the codes shall cover."""
+
+
 def levels(name: str) -> Floats:
     """The non-negative values of a format over the largest: [n], from 0 to 1.
 

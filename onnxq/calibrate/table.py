@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from onnxq.errors import OnnxqError
 from onnxq.files import refuse_unreadable, replacing
 
 _FORMAT = 1  # of the file
+S = TypeVar("S", bound=Statistic)
 
 
 @dataclass(frozen=True, order=True)
@@ -158,13 +159,7 @@ class CalibrationTable:
         Raises:
             OnnxqError: it was not calibrated for that, or never held a value.
         """
-        for statistic in self.of(tensor).values():
-            if isinstance(statistic, Gram):
-                return statistic.matrix
-        raise OnnxqError(
-            f"the Gram matrix of {tensor!r} was not calibrated",
-            "calibrate again with this recipe",
-        )
+        return self._one(tensor, Gram, "the Gram matrix").matrix
 
     def rows(self, tensor: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Rows of `tensor` [n, channels], and how many of all its rows each stands for [n].
@@ -172,11 +167,14 @@ class CalibrationTable:
         Raises:
             OnnxqError: it was not calibrated for them, or never held a value.
         """
+        return self._one(tensor, Rows, "a choice of the rows").sample
+
+    def _one(self, tensor: str, kind: type[S], what: str) -> S:
         for statistic in self.of(tensor).values():
-            if isinstance(statistic, Rows):
-                return statistic.sample
+            if isinstance(statistic, kind):
+                return statistic
         raise OnnxqError(
-            f"rows of {tensor!r} were not calibrated", "calibrate again with this recipe"
+            f"{what} of {tensor!r} was not calibrated", "calibrate again with this recipe"
         )
 
     def of(self, tensor: str) -> Mapping[str, Statistic]:
