@@ -130,6 +130,56 @@ def test_the_layer_that_costs_most_is_left(kind: str, name: str, tmp_path: Path)
     assert facts["share"] == pytest.approx(1 / 3, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm transB", "Conv"])
+def test_the_share_is_that_of_multiplications(kind: str, tmp_path: Path) -> None:
+    """32 x 96 in the first layer, 96 x 64 in the second."""
+    net = Net()
+    given: list[Any] = ["batch", 32, 5, 5] if kind == "Conv" else ["batch", 32]
+    h = net.input("x", given)
+    for name, inputs, outputs in (("/a", 32, 96), ("/b", 96, 64)):
+        if kind == "Conv":
+            h = net.op("Conv", h, net.weight(name + "w", outputs, inputs, 1, 1), name=name)
+        elif kind == "MatMul":
+            h = net.op("MatMul", h, net.weight(name + "w", inputs, outputs), name=name)
+        else:
+            h = net.op("Gemm", h, net.weight(name + "w", outputs, inputs), name=name, transB=1)
+    net.output(h)
+    x = np.random.default_rng(0).standard_normal((4, *given[1:])).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    done = onnxq.quantize(
+        net.save(tmp_path / "net.onnx"),
+        tmp_path / "m.onnx",
+        recipe=replace(load("int8"), keep_worst=1),
+        calib=tmp_path / "x.npz",
+    )
+    facts = done.report.facts["kept"]
+    assert facts["share"] == pytest.approx({"/a": 1 / 3, "/b": 2 / 3}[facts["layers"][0]], abs=1e-4)
+
+
+def test_ranges_around_another_middle_are_tried_as_they_are(tmp_path: Path) -> None:
+    """Values from 10 to 11 err by the rounding of a range of 1, not of one of 11."""
+    net = Net()
+    x = net.input("x", ["batch", 8, 32])
+    h = net.op("Add", net.op("Sigmoid", x), net.const("ten", np.float32(10)))
+    for name in ("/a", "/b"):
+        h = net.op("MatMul", h, net.weight(name + "w", 32, 32), name=name)
+    net.output(h)
+    source = net.save(tmp_path / "net.onnx")
+    calib, held = np.random.default_rng(0).standard_normal((2, 8, 8, 32)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=calib)
+    wanted = run(onnx.load(source), {"x": held})[0]
+    chosen = replace(load("int8"), keep_worst=0, snr=1.0)
+    done = onnxq.quantize(
+        source,
+        tmp_path / "m.onnx",
+        recipe=chosen,
+        calib=tmp_path / "x.npz",
+        precision="keep",
+    )
+    real = snr(wanted, run(onnx.load(tmp_path / "m.onnx"), {"x": held})[0])
+    assert done.report.facts["kept"]["snr_before"] == pytest.approx(real, abs=2.5)
+
+
 def test_it_is_said_and_recorded(tmp_path: Path) -> None:
     source, _ = _net(tmp_path)
     given = ["quantize", str(source), "-o", str(tmp_path / "m.onnx"), "--recipe", "int8"]
