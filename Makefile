@@ -17,6 +17,8 @@ WINDOWS ?= 16
 TEXT := --tokenizer $(SMOLLM2)/tokenizer.json --text
 # Two threads on two busy cores spin; one per process is faster and steadier.
 export OMP_NUM_THREADS ?= 1
+# Tests at a time: each takes up to 4 GB.
+JOBS ?= 2
 
 .PHONY: demo test check models bench bench-peers clean
 
@@ -35,8 +37,9 @@ demo: $(DEMO)/ready
 	    --report $(OUT)/demo/perplexity.json
 	$(DEMO)/bin/python -m tools.demo_table $(OUT)/demo
 
+# A file's tests stay in one process: they share what they compiled.
 test: check models
-	$(TEST)/bin/python -m pytest -q
+	$(TEST)/bin/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # Style and types, before anything slow.
 check: $(TEST)/ready
