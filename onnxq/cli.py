@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
+class _Output(click.Path):
+    """A file to write: what cannot be written is said before the work, not behind it."""
+
+    def convert(self, *given: Any) -> Any:
+        from onnxq.files import refuse_unwritable
+
+        path: Any = super().convert(*given)
+        refuse_unwritable(path)
+        return path
+
+
 class _Verbs(click.Group):
     """Turns an OnnxqError or OSError into one line and exit code 2, and Ctrl-C into 130."""
 
@@ -115,9 +126,7 @@ _MODEL = click.argument("model", type=click.Path(path_type=Path))
 _TARGET = click.option(
     "--target", default=DEFAULT_TARGET, show_default=True, metavar="SM", help="Compute capability."
 )
-_REPORT = click.option(
-    "--report", type=click.Path(path_type=Path), help="Write the report as JSON."
-)
+_REPORT = click.option("--report", type=_Output(path_type=Path), help="Write the report as JSON.")
 _RECIPE = click.option(
     "--recipe",
     metavar="NAME|FILE",
@@ -191,7 +200,7 @@ _MEMORY = click.option(
     "--snr", type=float, metavar="DB", help="The same, only until the outputs have DB decibels."
 )
 @_MEMORY
-@click.option("--save-calib", type=click.Path(path_type=Path), help="Keep the calibration table.")
+@click.option("--save-calib", type=_Output(path_type=Path), help="Keep the calibration table.")
 @click.option(
     "--load-calib",
     type=click.Path(path_type=Path),
@@ -397,7 +406,7 @@ def build(progress: Any, /, model: Path, report: Path | None, **options: Any) ->
 @click.option("--max-abs-error", type=float, help="Fail above this absolute error.")
 @click.option("--fp16/--no-fp16", default=True, help="Also measure the plain FP16 conversion.")
 @click.option("--per-layer", is_flag=True, help="Show where the error enters.")
-@click.option("--save-outputs", type=click.Path(path_type=Path), help="As Polygraphy's JSON.")
+@click.option("--save-outputs", type=_Output(path_type=Path), help="As Polygraphy's JSON.")
 @_REPORT
 @click.pass_obj
 def compare(

@@ -247,6 +247,16 @@ def refuse_unreadable(path: Path, what: str, hint: str) -> None:
         raise OnnxqError(f"cannot read {what} {path}: it is not a file", hint)
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse, before anything is computed, a target that could not be written in the end.
+
+    Raises:
+        OnnxqError: as `replacing`.
+    """
+    with reporting(path), temporary_beside(path):
+        pass
+
+
 def _stem(target: Path, prefix: str) -> str:
     start = target.name.encode(errors="replace")[:_LONGEST_STEM].decode(errors="ignore")
     return f"{prefix}{start}."

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from onnxq import record
 from onnxq.base import Precision, convert_base, refuse_little_memory
 from onnxq.errors import OnnxqError
+from onnxq.files import refuse_unwritable
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.gpus import target as find_target
 from onnxq.measuring import Measured, calibrate, measured_again, refuse_missing_data, say_steps
@@ -272,6 +273,7 @@ def _destination(source: Path, output: PathLike | None, recipe: str) -> Path:
             raise OnnxqError(f"the output is a folder: {path}", "name the file to write")
     except OSError as error:
         raise OnnxqError(f"{error.strerror}: {error.filename}", "give another path") from error
+    refuse_unwritable(path)
     return path
 
 

@@ -250,3 +250,17 @@ def test_a_field_of_the_recipe_is_set(folder: Path) -> None:
     done = CliRunner().invoke(main, [*command, "--set", "block_size=16"])
     assert done.exit_code == 0
     assert "in blocks of 16" in done.output
+
+
+@pytest.mark.parametrize("flag", ["--report", "--save-calib"])
+def test_what_cannot_be_written_is_said_before_the_work(
+    flag: str, models: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """Calibration data that is not there would be the next complaint."""
+    done = cli(
+        *("quantize", models / "minilm/model.onnx", "-o", tmp_path / "m.onnx", "--recipe", "int8"),
+        *("--calib", tmp_path / "none.npz", flag, tmp_path / "nowhere/file"),
+    )
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr and "nowhere/file" in done.stderr
+    assert not list(tmp_path.iterdir())
