@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq import numerics
-from onnxq.algorithms.hessian import output_errors
+from onnxq.algorithms.hessian import output_error
 from onnxq.formats import QuantScheme
 from onnxq.threads import in_order
 
 Matrix = NDArray[Any]
 
 ALPHAS = np.linspace(0.0, 1.0, 21)
+"""Every other is tried, and then the neighbours of the best: what it gains is flat around it."""
 
 
 def search_channel_scales(
@@ -47,10 +48,20 @@ def search_channel_scales(
 
     def error(alpha: float) -> float:
         s = scales(alpha)
-        return sum(float(output_errors(_error(W, s, scheme), H).sum()) for W, scheme in weights)
+        return sum(output_error(_error(W, s, scheme), H) for W, scheme in weights)
 
-    best = float(ALPHAS[np.argmin(list(in_order(error, ALPHAS)))])
-    return scales(best), best
+    found: dict[float, float] = {}
+
+    def best(alphas: NDArray[np.float64]) -> int:
+        """Try those not yet tried; the place in ALPHAS of the best so far, the least of equals."""
+        new = [float(alpha) for alpha in alphas if float(alpha) not in found]
+        found.update(zip(new, in_order(error, new), strict=True))
+        least = min(found, key=lambda alpha: (found[alpha], alpha))
+        return int(np.searchsorted(ALPHAS, least))
+
+    near = best(ALPHAS[::2])
+    alpha = float(ALPHAS[best(ALPHAS[max(near - 1, 0) : near + 2])])
+    return scales(alpha), alpha
 
 
 def _error(W: Matrix, s: NDArray[np.float32], scheme: QuantScheme) -> Matrix:

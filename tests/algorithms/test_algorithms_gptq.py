@@ -8,7 +8,7 @@ import pytest
 from onnxq import numerics
 from onnxq.algorithms.descent import descend
 from onnxq.algorithms.gptq import Sweep
-from onnxq.algorithms.hessian import damped, inverse_factor, output_errors
+from onnxq.algorithms.hessian import damped, inverse_factor, output_error, output_errors
 from onnxq.algorithms.search import search_ranges, search_scales
 from onnxq.formats import PerBlock, PerChannel, QuantScheme, quant_format
 
@@ -113,6 +113,7 @@ def test_output_errors_are_those_of_the_outputs() -> None:
     X, E = rng.standard_normal((500, 20)), rng.standard_normal((20, 5))
     expected = np.mean((X @ E) ** 2, axis=0)
     np.testing.assert_allclose(output_errors(E, X.T @ X / len(X)), expected, rtol=1e-12)
+    assert output_error(E, X.T @ X / len(X)) == pytest.approx(expected.sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT8, FP8, NVFP4], ids=lambda s: s.format.name)

@@ -74,6 +74,12 @@ def test_a_value_that_is_not_finite_changes_nothing() -> None:
     np.testing.assert_array_equal(gram.matrix, before)
 
 
+def test_values_whose_squares_overflow_are_finite() -> None:
+    gram = Gram()
+    gram.update(np.array([[2e19, 1.0]], np.float32))
+    assert gram.matrix[1, 1] == 1.0
+
+
 def test_channels_must_not_change() -> None:
     gram = _fed(_batches())
     with pytest.raises(OnnxqError, match="5 channels here and 12 before"):

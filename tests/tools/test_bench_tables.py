@@ -174,7 +174,8 @@ def test_bars_at_four_bits() -> None:
         smollm2_rtn=30.0, smollm2_awq=28.0, smollm2_gptq=26.0, smollm2_best=24.0,
     )  # fmt: skip
     rows += [
-        row("modelopt", "int4-awq-lite", snr=14.9, cpu=19.8),
+        row("modelopt", "int4-awq-lite", snr=14.9, cpu=1.0, failed="it could not fold"),
+        row("modelopt", "int4-awq-lite-unfused", snr=14.9, cpu=19.8),
         row("onnxsim", "int4-gptq", model="smollm2", perplexity=23.0),
         row("onnxruntime", "int4-gptq", model="smollm2", failed="stopped"),
     ]

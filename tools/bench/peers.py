@@ -111,7 +111,7 @@ PEERS = {
             # torch first and pinned: the CPU build. Anything else pulls gigabytes of CUDA.
             (("torch==2.13.0",), ("nvidia-modelopt[onnx]==0.47.0",)),
             ("nvidia-modelopt", "onnxruntime-gpu", "torch"),
-            four=("int4-rtn", "int4-awq-lite", "int4-awq-clip"),
+            four=("int4-rtn", "int4-awq-lite", "int4-awq-lite-unfused", "int4-awq-clip"),
         ),
         Peer(
             "onnxruntime",
