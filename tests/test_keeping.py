@@ -157,7 +157,7 @@ def test_the_share_is_that_of_multiplications(kind: str, tmp_path: Path) -> None
 
 
 def test_ranges_around_another_middle_are_tried_as_they_are(tmp_path: Path) -> None:
-    """Values from 10 to 11 err by the rounding of a range of 1, not of one of 11."""
+    """Of values from 10 to 11 nearly all would be clipped by a range around 0."""
     net = Net()
     x = net.input("x", ["batch", 8, 32])
     h = net.op("Add", net.op("Sigmoid", x), net.const("ten", np.float32(10)))
