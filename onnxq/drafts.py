@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
@@ -18,7 +18,7 @@ from onnxq.algorithms.refit import refit
 from onnxq.algorithms.sparsegpt import sparsegpt
 from onnxq.algorithms.target import corrected_target
 from onnxq.algorithms.wanda import magnitude_scores, wanda_scores
-from onnxq.inputs import Moments
+from onnxq.inputs import Moments, Parts
 from onnxq.numerics import FloatArray
 from onnxq.sparsity import Mask, Pattern
 from onnxq.threads import Once
@@ -64,57 +64,85 @@ class Drafts:
         self._sweeps: WeakKeyDictionary[Moments, Once[Sweep]] = WeakKeyDictionary()
         self._lock = Lock()
 
-    def of(self, W: FloatArray, moments: Moments) -> Iterator[Draft]:
+    def of(self, W: FloatArray, parts: Parts, channels: int) -> Iterator[Draft]:
         """The drafts of a weight that may be stored, each with one step more.
 
         Args:
             W: [K, N].
+            channels: how many inputs next to each other a pattern may lie within.
         """
-        zero, pattern = W == 0, self.pattern
+        zero, pattern = W == 0, self._fitting(channels)
         has_it = pattern is not None and pattern.holds(zero, 0)
         keep = ~zero if has_it or zero.mean() >= MEANT else None
-        if pattern is not None and (has_it or pattern.obstacle(len(W))):
-            pattern = None
+        pattern = None if has_it else pattern
         draft = Draft("", W, W, keep)
         if pattern is None:
             yield draft
         for name in self.steps:
             kind = STEPS[name][0]
-            if kind == "target" and moments.cross is not moments.full:
-                target = corrected_target(W, moments.rounded, moments.cross)
+            if kind == "target" and parts[0].cross is not parts[0].full:
+                (target,) = by_part(_target, parts, W)
                 values = target if keep is None else np.where(keep, target, 0)
                 draft = draft.behind(name, target=target, values=values)
                 if pattern is not None:
                     continue
             elif kind == "sparsify" and pattern is not None:
-                values, keep = self._thinned(name, draft.target, pattern, moments)
+                thin = partial(self._thinned, name, pattern, channels)
+                values, keep = by_part(thin, parts, draft.target)
                 draft = draft.behind(name, values=values, keep=keep, joint=name == "sparsegpt")
             elif kind == "refit" and draft.keep is not None:
-                H = damped(moments.rounded, DAMP)
-                values = refit(draft.target, draft.keep, H, draft.values)
+                (values,) = by_part(_refitted, parts, draft.target, draft.keep, draft.values)
                 draft = draft.behind(name, values=values, joint=False)
             else:
                 continue
             yield draft
 
+    def _fitting(self, channels: int) -> Pattern | None:
+        """The pattern, where inputs of so many channels can have it."""
+        return None if self.pattern is None or self.pattern.obstacle(channels) else self.pattern
+
     def _thinned(
-        self, name: str, W: FloatArray, pattern: Pattern, moments: Moments
+        self, name: str, pattern: Pattern, channels: int, moments: Moments, W: FloatArray
     ) -> tuple[FloatArray, Mask]:
         if name == "sparsegpt":
-            return sparsegpt(self.sweep_of(moments), W, pattern)
+            return sparsegpt(self.sweep_of(moments, channels), W, pattern)
         H = moments.rounded
         scores = magnitude_scores(W) if name == "magnitude" else wanda_scores(W, np.diag(H))
         keep = pattern.mask(scores)
         return np.where(keep, W, 0), keep
 
-    def sweep_of(self, moments: Moments) -> Sweep:
-        """Layers that read one tensor share its factor."""
+    def sweep_of(self, moments: Moments, channels: int) -> Sweep:
+        """Layers that read one tensor alike share its factor."""
         with self._lock:
-            once = self._sweeps.setdefault(moments, Once(partial(self._sweep, moments.rounded)))
+            make = partial(self._sweep, moments.rounded, channels)
+            once = self._sweeps.setdefault(moments, Once(make))
         return once()
 
-    def _sweep(self, H: FloatArray) -> Sweep:
-        damp, group = gptq.DAMP, 1
-        if self.pattern is not None and not self.pattern.obstacle(len(H)):
-            damp, group = DAMP, self.pattern.group
+    def _sweep(self, H: FloatArray, channels: int) -> Sweep:
+        damp, group, pattern = gptq.DAMP, 1, self._fitting(channels)
+        if pattern is not None:
+            damp, group = DAMP, pattern.group
         return Sweep(H, damp, act_order=group > 0, group=group or 1)
+
+
+def by_part(
+    work: Callable[..., Any], parts: Parts, *columns: FloatArray | None
+) -> tuple[FloatArray, ...]:
+    """What `work(moments, columns)` makes of each part of a layer, side by side again.
+
+    Args:
+        work: gives one array [K, n], or several.
+        columns: arrays [K, N], of which each part gets its share; None stays None.
+    """
+    split = [[None] * len(parts) if c is None else np.hsplit(c, len(parts)) for c in columns]
+    made = [work(*each) for each in zip(parts, *split, strict=True)]
+    found = [each if isinstance(each, tuple) else (each,) for each in made]
+    return tuple(a[0] if len(a) == 1 else np.hstack(a) for a in zip(*found, strict=True))
+
+
+def _target(moments: Moments, W: FloatArray) -> FloatArray:
+    return corrected_target(W, moments.rounded, moments.cross)
+
+
+def _refitted(moments: Moments, target: FloatArray, keep: Mask, start: FloatArray) -> FloatArray:
+    return refit(target, keep, damped(moments.rounded, DAMP), start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,14 +80,19 @@ def calibrate(
     tables: Sequence[PathLike],
     measured: Measured,
     unfinished: Unfinished,
+    unsolved: Mapping[int, str],
 ) -> CalibrationTable | None:
-    """The statistics a static recipe needs: from saved tables, or from one pass over the data."""
+    """The statistics a static recipe needs: from saved tables, or from one pass over the data.
+
+    Args:
+        unsolved: layers that no second-order method works on.
+    """
     from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
     if not (placement.recipe.needs_ranges or placement.recipe.statistics):
         return None
-    watched = watched_tensors(placement)
+    watched = watched_tensors(placement, unsolved)
     if not tables:
         assert samples is not None  # `refuse_missing_data` saw to it
         run = partial(measured, graph, watched, samples, graph.fingerprint)

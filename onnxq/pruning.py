@@ -18,12 +18,12 @@ from onnxq.graph.edit import Editor
 from onnxq.graph.put import put_weight
 from onnxq.graph.query import ConstantOperand
 from onnxq.graph.weights import Constant, DerivedValues, constant_type
+from onnxq.layouts import layout_of
 from onnxq.numerics import FloatArray
 from onnxq.placement import Placement
 from onnxq.progress import Progress, silent
 from onnxq.report import Edit
 from onnxq.rounding import finite_peaks
-from onnxq.schemes import pruned_axis
 from onnxq.sites import Site
 from onnxq.solving import Solver
 from onnxq.sparsity import Pattern
@@ -52,7 +52,7 @@ def prune(
     for done, (site, values) in enumerate(zip(sites, made, strict=False), 1):
         key = _identity(site)
         if solver is not None and values is None:
-            edits.append(_instead(site))
+            edits.append(_instead(site, solver))
         known.setdefault(key, values or by_magnitude(site, pattern))
         put_weight(editor, site.node, 1, known[key])
         progress("pruning", done, len(sites))
@@ -71,14 +71,14 @@ def thinned(placement: Placement, solver: Solver | None) -> tuple[Placement, lis
     derived: dict[tuple[Any, ...], ConstantOperand] = {}
     for decision in placement.decisions:
         site = decision.site
-        theirs = solver is not None and site.kind == "linear"
+        theirs = solver is not None and id(site.node) not in solver.unsolved
         if decision.quantized and site.operand is not None and not theirs:
-            obstacle = pattern.obstacle(site.operand.shape[pruned_axis(site)])
+            obstacle = pattern.obstacle(layout_of(site).channels)
             if obstacle:
                 edits.append(Edit("sparsify", "leave", site.name, obstacle))
             else:
                 if solver is not None:
-                    edits.append(_instead(site))
+                    edits.append(_instead(site, solver))
                 key = _identity(site)
                 derived[key] = derived.get(key) or _derived(site, pattern)
                 decision = replace(decision, site=replace(site, operand=derived[key]))
@@ -93,9 +93,10 @@ def by_magnitude(site: Site, pattern: Pattern) -> Values:
         assert site.operand is not None
         found = site.operand.load()
         finite_peaks(site, found, PerTensor())
-        along = np.moveaxis(found, pruned_axis(site), 0)
-        kept = np.where(pattern.mask(magnitude_scores(along)), along, found.dtype.type(0))
-        return np.asarray(np.moveaxis(kept, 0, pruned_axis(site)))
+        layout = layout_of(site)
+        matrix = layout.matrix(found)
+        kept = np.where(pattern.mask(magnitude_scores(matrix)), matrix, found.dtype.type(0))
+        return np.asarray(layout.weight(kept))
 
     return values
 
@@ -113,6 +114,5 @@ def _derived(site: Site, pattern: Pattern) -> ConstantOperand:
     return ConstantOperand(Constant(name, values), None, ())
 
 
-def _instead(site: Site) -> Edit:
-    why = "it is no linear layer, so its input's second moments are not kept"
-    return Edit("sparsify", "magnitude", site.name, why)
+def _instead(site: Site, solver: Solver) -> Edit:
+    return Edit("sparsify", "magnitude", site.name, solver.unsolved[id(site.node)])

@@ -90,7 +90,7 @@ def quantize(
     """
     from onnxq.algorithms import STEPS
     from onnxq.graph.model import Model
-    from onnxq.inputs import layer_inputs
+    from onnxq.inputs import layer_inputs, unsolvable
     from onnxq.solving import Solver
     from onnxq.transform import activation_ranges, apply_placement, settle
     from onnxq.unfinished import Unfinished, unfinished_beside
@@ -129,7 +129,8 @@ def quantize(
     )
     with kept as unfinished:
         measured = Measured(destination, memory, device, progress, report)
-        table = calibrate(graph, placement, samples, load_calib, measured, unfinished)
+        unsolved = unsolvable(placement, memory)
+        table = calibrate(graph, placement, samples, load_calib, measured, unfinished, unsolved)
         if table is not None:
             report.notes += table.notes
             if save_calib is not None:
@@ -142,7 +143,7 @@ def quantize(
         ranges = activation_ranges(placement, table) if table is not None else None
         if chosen.keeps:
             placement, chosen = _kept(graph, placement, ranges, samples, measured)
-        with layer_inputs(graph, placement, table, samples, device) as inputs:
+        with layer_inputs(graph, placement, table, samples, device, unsolved) as inputs:
             report.edits += convert_base(
                 graph,
                 precision,
@@ -158,7 +159,7 @@ def quantize(
             sites = [decision.site for decision in placement.quantized]
             solver = None
             if inputs is not None:
-                solver = Solver(chosen.steps, inputs, sites, unfinished, chosen.pattern)
+                solver = Solver(chosen.steps, inputs, sites, unfinished, chosen.pattern, unsolved)
             report.edits += apply_placement(graph, placement, ranges, progress, solver)
         if solver is not None:
             report.edits += solver.edits()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from onnxq.formats import QuantFormat
 from onnxq.graph.model import Model
 from onnxq.graph.query import constant_operand, known_shapes
+from onnxq.layouts import layout_of
 from onnxq.recipe import Recipe
-from onnxq.schemes import LEAST_BLOCK, granularity, output_axis, pruned_axis, summed_axis
+from onnxq.schemes import LEAST_BLOCK, granularity, output_axis, summed_axis
 from onnxq.sites import Site
 
 
@@ -88,7 +89,7 @@ def _unfit(site: Site, context: Context) -> str:
 def _unpruned(site: Site, recipe: Recipe) -> str:
     if site.operand is None or recipe.pattern is None:
         return ""
-    return recipe.pattern.obstacle(site.operand.shape[pruned_axis(site)])
+    return recipe.pattern.obstacle(layout_of(site).channels)
 
 
 def _thin(site: Site, context: Context) -> str:

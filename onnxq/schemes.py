@@ -22,14 +22,6 @@ def summed_axis(site: Site) -> int:
     return 1 - output_axis(site)
 
 
-def pruned_axis(site: Site) -> int:
-    """Axis of the weight along which zeros have a pattern: the product sums over it.
-
-    Of a convolution its input channels, not its taps.
-    """
-    return 1 if site.kind == "conv" else summed_axis(site)
-
-
 def granularity(site: Site, recipe: Recipe) -> Granularity | None:
     """What has a scale of its own in the weight of `site`; None where no block fits it."""
     if recipe.block:

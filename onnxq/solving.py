@@ -24,15 +24,15 @@ from onnxq.algorithms.descent import descend
 from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.sparsegpt import sparsegpt_rounded
-from onnxq.drafts import Drafts
+from onnxq.drafts import Drafts, by_part
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.weights import constant_type
-from onnxq.inputs import Inputs, Moments
+from onnxq.inputs import Inputs, Moments, Parts
+from onnxq.layouts import Layout, layout_of
 from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
 from onnxq.scaling import scales_of, searched, spread
-from onnxq.schemes import summed_axis
 from onnxq.sites import Site
 from onnxq.sparsity import Pattern
 from onnxq.store import Store
@@ -74,6 +74,7 @@ class Solver:
         sites: in graph order: what is said of them comes in this one.
         unfinished: where finished layers wait for a run that goes on after this one.
         pattern: of the zeros that a step puts in.
+        unsolved: layers that no second-order method works on, and why (see `inputs.unsolvable`).
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class Solver:
         sites: Sequence[Site],
         unfinished: Unfinished | None = None,
         pattern: Pattern | None = None,
+        unsolved: Mapping[int, str] = {},
     ) -> None:
+        self.unsolved = unsolved
         self.steps, self.ahead, self.pattern = steps, inputs.independent, pattern
         self._inputs, self._sites = inputs, sites
         self._unfinished = unfinished or Unfinished()
@@ -108,13 +111,13 @@ class Solver:
         return once()
 
     def _rounded(self, site: Site, scheme: QuantScheme) -> Rounded:
-        if site.kind != "linear":
-            reason = "it is no linear layer: no second-order method"
+        reason = self.unsolved.get(id(site.node))
+        if reason is not None:
             self._said[id(site.node)] = Edit("round", "nearest", site.name, reason)
             return self._nearest.one(site, scheme)
-        W, across = _matrix(site)
-        inner = scheme.transposed() if across else scheme
-        obstacle = "" if self.pattern is None else self.pattern.obstacle(len(W))
+        W, layout = _matrix(site)
+        inner = layout.scheme(scheme)
+        obstacle = "" if self.pattern is None else self.pattern.obstacle(layout.channels)
         if obstacle:
             self._unpruned[id(site.node)] = Edit("sparsify", "leave", site.name, obstacle)
         if scheme.format.two_level:
@@ -122,16 +125,16 @@ class Solver:
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
         found = self._unfinished.arrays(
             f"layer {self._place(site)} {site.weight_name} {inner}",
-            lambda: self._solve(site, W, inner).arrays(),
+            lambda: self._solve(site, W, inner, layout.channels).arrays(),
         )
         solution = _Solution.of(found, inner)
         self._said[id(site.node)] = solution.solved
         stored = solution.values(inner)
-        self._inputs.rounded(site, stored.T if across else stored)
+        self._inputs.rounded(site, layout.weight(stored))
         unit = np.array(inner.unit, np.float32)
 
         def put(values: Array) -> Callable[[], Array]:
-            return self._store.put(values.T if across and values.ndim == 2 else values)
+            return self._store.put(layout.spread(values))
 
         return Rounded(
             scheme,
@@ -143,7 +146,7 @@ class Solver:
 
     def pruned(self, site: Site) -> Callable[[], Array] | None:
         """The weight with zeros, not rounded, in its own type; None where no step can be done."""
-        if site.kind != "linear":
+        if id(site.node) in self.unsolved:
             return None
         assert site.operand is not None
         key = (id(site.operand.constant), site.operand.permutation)
@@ -153,34 +156,33 @@ class Solver:
 
     def _with_zeros(self, site: Site) -> Callable[[], Array]:
         assert site.operand is not None
-        W, across = _matrix(site)
+        W, layout = _matrix(site)
 
         def found() -> dict[str, Array]:
-            moments = self._inputs.of(site)
-            *_, draft = self._drafts.of(W, moments)
-            power = float(output_errors(W, moments.full).sum()) or 1.0
-            error = _output_error(W, draft.values, moments) / power
+            parts = self._inputs.of(site)
+            *_, draft = self._drafts.of(W, parts, layout.channels)
+            error = _output_error(W, draft.values, parts) / _power(W, parts)
             solved = Solved(site.name, {draft.name: error}, draft.name)
             return _Solution(draft.values.astype(np.float32), np.ones(()), solved).arrays()
 
         kept = self._unfinished.arrays(f"zeros {self._place(site)} {site.weight_name}", found)
         self._said[id(site.node)] = Solved(**json.loads(kept["about"].tobytes()))
         values = kept["codes"].view(np.float32)
-        values = values.T if across else values
+        values = layout.weight(values)
         self._inputs.rounded(site, values)
         return self._store.put(values.astype(numpy_dtype(constant_type(site.operand.constant))))
 
     def _place(self, site: Site) -> int:
         return next(i for i, other in enumerate(self._sites) if other.node is site.node)
 
-    def _solve(self, site: Site, W: Array, scheme: QuantScheme) -> _Solution:
-        moments = self._inputs.of(site)
-        power = float(output_errors(W, moments.full).sum()) or 1.0
+    def _solve(self, site: Site, W: Array, scheme: QuantScheme, channels: int) -> _Solution:
+        parts = self._inputs.of(site)
+        power = _power(W, parts)
         errors: dict[str, float] = {}
         best: _Candidate | None = None
-        for candidate in self._candidates(site, W, scheme, moments):
+        for candidate in self._candidates(site, W, scheme, parts, channels):
             values = candidate.grid * numerics.steps(candidate.scale, scheme, W.shape)
-            error = _output_error(W, values, moments) / power
+            error = _output_error(W, values, parts) / power
             if best is None or error < min(errors.values()):
                 best = candidate
             errors[candidate.name] = error
@@ -192,31 +194,44 @@ class Solver:
         return _Solution(grid.astype(scheme.format.dtype()), best.scale, solved, zero)
 
     def _candidates(
-        self, site: Site, W: Array, scheme: QuantScheme, moments: Moments
+        self, site: Site, W: Array, scheme: QuantScheme, parts: Parts, channels: int
     ) -> Iterator[_Candidate]:
         """Rounding to nearest, then what each step makes with those before it."""
-        fmt, H = scheme.format, moments.rounded
-        for draft in self._drafts.of(W, moments):
+        fmt = scheme.format
+        for draft in self._drafts.of(W, parts, channels):
             scale, zero = scales_of(site, draft.values, scheme)
             step, middle = spread(scale, zero, scheme, W.shape)
             grid = numerics.nearest(draft.values / step, fmt, middle)
             yield _Candidate(draft.name or "nearest", grid, scale, zero)
         done, keep = [draft.name] if draft.name else [], draft.keep
+
+        def joint(moments: Moments, W: Array, step: Array) -> tuple[Array, Array]:
+            assert self.pattern is not None
+            sweep = self._drafts.sweep_of(moments, channels)
+            return sparsegpt_rounded(sweep, W, self.pattern, step, fmt)
+
+        def swept(m: Moments, W: Array, step: Array, keep: Array, middle: Array) -> Array:
+            return self._drafts.sweep_of(m, channels).round(W, step, fmt, keep, middle)
+
+        def descended(
+            m: Moments, grid: Array, W: Array, step: Array, keep: Array, middle: Array
+        ) -> Array:
+            H = damped(m.rounded, DAMP)
+            return descend(grid, W, step, H, fmt, keep=keep, zero=middle)
+
         for name in self.steps:
+            wide = np.broadcast_to(step, W.shape)
+            offset = None if middle is None else np.broadcast_to(middle, W.shape)
             if name == "search":
-                scale, zero = searched(draft.values, np.diag(H), scheme)
+                scale, zero = searched(draft.values, _diagonals(parts, W), scheme)
                 step, middle = spread(scale, zero, scheme, W.shape)
                 grid = numerics.nearest(draft.values / step, fmt, middle)
             elif name == "gptq" and draft.joint and zero is None:
-                assert self.pattern is not None
-                sweep = self._drafts.sweep_of(moments)
-                grid, keep = sparsegpt_rounded(sweep, draft.target, self.pattern, step, fmt)
+                grid, keep = by_part(joint, parts, draft.target, wide)
             elif name == "gptq":
-                grid = self._drafts.sweep_of(moments).round(draft.values, step, fmt, keep, middle)
+                (grid,) = by_part(swept, parts, draft.values, wide, keep, offset)
             elif name == "descent":
-                grid = descend(
-                    grid, draft.target, step, damped(H, DAMP), fmt, keep=keep, zero=middle
-                )
+                (grid,) = by_part(descended, parts, grid, draft.target, wide, keep, offset)
             else:
                 continue  # it has been done, before
             done.append(name)
@@ -282,17 +297,35 @@ class _Candidate:
     zero: Array | None
 
 
-def _output_error(W: Array, values: Array, moments: Moments) -> float:
+def _output_error(W: Array, values: Array, parts: Parts) -> float:
     """E||X W - Y V||^2 for the input X in full precision and Y behind rounded layers."""
-    if moments.cross is moments.full:
-        return float(output_errors(values - W, moments.full).sum())
-    own = output_errors(W, moments.full).sum() + output_errors(values, moments.rounded).sum()
-    return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, values, dtype=np.float64))
+
+    def error(moments: Moments, W: Array, V: Array) -> float:
+        if moments.cross is moments.full:
+            return float(output_errors(V - W, moments.full).sum())
+        own = output_errors(W, moments.full).sum() + output_errors(V, moments.rounded).sum()
+        return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, V, dtype=np.float64))
+
+    return sum(map(error, parts, np.hsplit(W, len(parts)), np.hsplit(values, len(parts))))
 
 
-def _matrix(site: Site) -> tuple[Array, bool]:
-    """W [K, N] in float32, and whether the node sees its transpose."""
+def _power(W: Array, parts: Parts) -> float:
+    """E||X W||^2; 1 where it is nothing."""
+    shares = zip(parts, np.hsplit(W, len(parts)), strict=True)
+    return sum(float(output_errors(own, m.full).sum()) for m, own in shares) or 1.0
+
+
+def _diagonals(parts: Parts, W: Array) -> Array:
+    """diag(H) of the inputs [K]; where parts have inputs of their own, of each column's [K, N]."""
+    own = [np.diag(moments.rounded) for moments in parts]
+    if len(own) == 1:
+        return own[0]
+    return np.repeat(np.stack(own, axis=1), W.shape[1] // len(own), axis=1)
+
+
+def _matrix(site: Site) -> tuple[Array, Layout]:
+    """W [K, N] in float32, and how the node's weight becomes it."""
     assert site.operand is not None
-    values, across = site.operand.load().astype(np.float32), summed_axis(site) == 1
+    values, layout = site.operand.load().astype(np.float32), layout_of(site)
     finite_peaks(site, values, PerTensor())
-    return np.ascontiguousarray(values.T if across else values), across
+    return layout.matrix(values), layout

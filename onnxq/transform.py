@@ -24,6 +24,7 @@ from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand
 from onnxq.graph.weights import array
+from onnxq.layouts import layout_of
 from onnxq.placement import Decision, Placement, Site
 from onnxq.progress import Progress, silent
 from onnxq.pruning import prune, thinned
@@ -51,8 +52,12 @@ def _measured_inputs(site: Site) -> Iterator[tuple[Node, int]]:
         yield site.attention.values, 1
 
 
-def watched_tensors(placement: Placement) -> dict[str, str]:
-    """The tensors a recipe needs statistics of, in graph order, and which (see `statistics`)."""
+def watched_tensors(placement: Placement, unsolved: Mapping[int, str] = {}) -> dict[str, str]:
+    """The tensors a recipe needs statistics of, in graph order, and which (see `statistics`).
+
+    Args:
+        unsolved: layers that no second-order method works on (see `inputs.unsolvable`).
+    """
     recipe = placement.recipe
     wanted: dict[str, list[str]] = {}
     for decision in placement.quantized:
@@ -68,6 +73,8 @@ def watched_tensors(placement: Placement) -> dict[str, str]:
                 wanted[site.node.inputs[0].name].append("rows")
         if site.kind == "linear":
             wanted.setdefault(site.node.inputs[0].name, []).extend(recipe.statistics)
+        elif site.kind == "conv" and recipe.needs_grams and id(site.node) not in unsolved:
+            wanted.setdefault(site.node.inputs[0].name, []).append(layout_of(site).statistic)
     return {name: "+".join(dict.fromkeys(kinds)) for name, kinds in wanted.items() if kinds}
 
 

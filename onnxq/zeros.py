@@ -19,7 +19,7 @@ from onnxq.samples import Data
 from onnxq.sparsity import Pattern
 
 if TYPE_CHECKING:
-    from onnxq.sites import Site
+    pass
 
 PathLike = str | Path
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -94,6 +94,7 @@ def check_zeros(
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import infer_types
     from onnxq.graph.stored import stored_weight
+    from onnxq.layouts import layout_under
     from onnxq.sites import find_sites
 
     graph = Model.load(Path(model))
@@ -105,11 +106,16 @@ def check_zeros(
     sites = [s for s in find_sites(graph) if s.node.op in ("MatMul", "Gemm", "Conv")]
     for done, site in enumerate(sites, 1):
         weight = stored_weight(site.node)
-        if weight is None or len(weight.shape) < 2:
-            continue  # a product of two computed operands
-        zero, axis = weight.zeros(), _summed(site)
-        reason = parsed.obstacle(zero.shape[axis])
-        holds = not reason and parsed.holds(zero, axis)
+        if (
+            weight is None
+            or len(weight.shape) < 2
+            or (len(weight.shape) > 2) != (site.kind == "conv")
+        ):
+            continue  # a product of two computed operands, or of many matrices
+        zero = weight.zeros()
+        layout = layout_under(site.node, zero.shape)
+        reason = parsed.obstacle(layout.channels)
+        holds = not reason and parsed.holds(layout.matrix(zero), 0)
         rows.append(
             {
                 "node": site.name,
@@ -129,9 +135,3 @@ def check_zeros(
     if claimed is None:
         report.notes.append("no record says which weights were pruned: all that can have it must")
     return Checked(report, not failed and any(row["holds"] for row in rows))
-
-
-def _summed(site: Site) -> int:
-    if site.node.op == "Conv":
-        return 1
-    return 1 if site.node.attrs.get("transB", 0) else 0

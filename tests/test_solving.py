@@ -130,20 +130,6 @@ def test_a_step_that_does_not_help_is_not_kept(
     assert done.report.facts["rounding"]["improved"] == 0
 
 
-def test_convolutions_are_rounded_to_nearest_and_that_is_said(tmp_path: Path) -> None:
-    net = Net()
-    x = net.input("x", ["batch", 16, 8, 8])
-    net.output(net.op("Conv", x, net.weight("w", 32, 16, 3, 3), name="/conv"))
-    source = net.save(tmp_path / "net.onnx")
-    np.savez(tmp_path / "d.npz", x=np.ones((4, 16, 8, 8), np.float32))
-    done = onnxq.quantize(
-        source, tmp_path / "m.onnx", recipe=_with("int8", *STEPS), calib=tmp_path / "d.npz"
-    )
-    (edit,) = [e for e in done.report.edits if e.step == "round"]
-    assert (edit.verb, edit.target) == ("nearest", "/conv")
-    assert "no linear layer" in edit.reason
-
-
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     net = Net()
     x = net.input("x", ["batch", 8, 96])

@@ -37,7 +37,7 @@ def search_scales(W: Matrix, h: Matrix, peak: Matrix, scheme: QuantScheme) -> Ma
 
     Args:
         W: [K, N], the axis 0 along the inputs.
-        h: diag(H) [K]; ones give plain least squares.
+        h: diag(H) [K], or of each column's own inputs [K, N]; ones give plain least squares.
         peak: largest magnitude under each scale.
     """
     best = numerics.scales_for(peak, scheme)
@@ -87,7 +87,7 @@ def _errors(
     error *= step
     error -= W
     error *= error
-    error *= h[:, None]
+    error *= h[:, None] if h.ndim == 1 else h
     if isinstance(scheme.granularity, PerTensor):
         return np.asarray(error.sum())
     if isinstance(scheme.granularity, PerBlock):

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.passes import MakeModel, Opener, fetch, plan
-from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import Device
-from onnxq.calibrate.statistics import Gram, NotFiniteError, Statistic, make
+from onnxq.calibrate.statistics import LARGE, PARKED, NotFiniteError, Statistic, make
 from onnxq.calibrate.steps import NO_STEP, StepAmax, denoising_step
 from onnxq.calibrate.table import CalibrationTable, DataOrigin
 from onnxq.errors import OnnxqError
@@ -84,9 +83,10 @@ def calibrate(
 
 def _held(watched: Mapping[str, str]) -> Callable[[str, int], int]:
     """What a pass keeps beside the values: Gram matrices; all else is a few kilobytes."""
-    kinds = {name: names.split("+") for name, names in watched.items()}
     return lambda name, channels: sum(
-        kind.bytes_for(channels) for kind in (Gram, Rows) if kind.name in kinds[name]
+        statistic.bytes_for(channels)
+        for statistic in make(watched[name]).values()
+        if isinstance(statistic, LARGE)
     )
 
 
@@ -136,7 +136,7 @@ class Collector:
         """Move what is large of some tensors' statistics, which are done, to disk."""
         for name in names:
             for statistic in self._collected[name].values():
-                if isinstance(statistic, Gram):
+                if isinstance(statistic, PARKED):
                     statistic.park(folder)
 
     def table(self, samples: Samples, fingerprint: str, notes: Iterable[str]) -> CalibrationTable:

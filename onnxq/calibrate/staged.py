@@ -7,40 +7,49 @@ two forward passes, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Samples
 from onnxq.calibrate.frontier import Frontier
+from onnxq.calibrate.patches import Patches
 from onnxq.calibrate.session import Device, open_session
-from onnxq.calibrate.statistics import Gram, NotFiniteError, as_float32
+from onnxq.calibrate.statistics import Gram, NotFiniteError, make
 from onnxq.errors import OnnxqError
 from onnxq.files import scratch
 from onnxq.graph.segments import Segments
-from onnxq.inputs import Moments
+from onnxq.inputs import Moments, Parts
 
 Array = NDArray[Any]
 _HINT = "set TMPDIR to a folder with more space, or give fewer samples"
 
 
 class Staged:
-    """Runs the pieces in order; a context manager, whose temporary folder goes at its end."""
+    """Runs the pieces in order; a context manager, whose temporary folder goes at its end.
+
+    Args:
+        forms: by stop, the statistics that its readers ask for: `gram` where nothing is said, or
+            `patches:...`.
+        known: gives X^T X / rows [groups, K, K] of a stop in full precision, by the statistic's
+            name, where it is summed already; else None.
+    """
 
     def __init__(
         self,
         segments: Segments,
         samples: Samples,
+        forms: Mapping[str, Iterable[str]] = {},
         *,
         device: Device = "auto",
         threads: int | None = None,
-        known: Callable[[str], Array | None] = lambda stop: None,
+        known: Callable[[str, str], Array | None] = lambda stop, form: None,
     ) -> None:
-        self._known = known  # X^T X / rows of a stop in full precision, where it is summed already
+        self._forms, self._known = forms, known
         self._segments, self._samples = segments, samples
         self._device, self._threads = device, threads
         self._weights: dict[str, Array] = {}
@@ -62,8 +71,8 @@ class Staged:
             self._rounded = self._full.copy(self._folder / "rounded")
         self._weights[initializer] = values
 
-    def moments(self, stop: str) -> Moments:
-        """Of a stop, once; later ones must be asked for later.
+    def moments(self, stop: str) -> dict[str, Parts]:
+        """Of a stop, once, by statistic; later ones must be asked for later.
 
         Raises:
             OnnxqError: a sample makes it NaN or infinite, or the model does not run.
@@ -73,21 +82,15 @@ class Staged:
             for _ in zip_longest(*self._passes(passed)):
                 pass
         self._next = index + 1
-        known = self._known(stop)
-        own, cross = (Gram(), Gram()), _Cross()
+        forms = [_Form(name, self._known(stop, name)) for name in self._forms.get(stop, ("gram",))]
         runs, reached = self._passes(index), False
         # Both to their ends, where each lets go what nobody needs any more.
         for sample, values in enumerate(zip_longest(*runs)):
-            for i, each in enumerate(values):
-                if i > 0 or known is None:
-                    self._update(own[i], each, stop, sample)
+            for form in forms:
+                self._update(form, values, stop, sample)
             if len(values) > 1:
-                cross.update(values[1], values[0])
                 reached = reached or not np.array_equal(values[0], values[1])
-        full = own[0].matrix if known is None else known
-        if not reached:  # no layer rounded so far lies before this one
-            return Moments(full, full, full)
-        return Moments(full, own[1].matrix, cross.matrix)
+        return {form.name: form.parts(reached) for form in forms}
 
     def _passes(self, index: int) -> list[Iterator[Array]]:
         """The stop's values of each sample, in full precision and, once there is one, rounded."""
@@ -96,9 +99,9 @@ class Staged:
             runs.append(self._pass(self._rounded, index, self._weights))
         return runs
 
-    def _update(self, gram: Gram, values: Array, stop: str, sample: int) -> None:
+    def _update(self, form: _Form, values: Sequence[Array], stop: str, sample: int) -> None:
         try:
-            gram.update(values)
+            form.update(values)
         except NotFiniteError as error:
             raise OnnxqError(
                 f"the tensor {stop!r} is not finite in {self._samples.label(sample)}: {error}",
@@ -128,8 +131,42 @@ class Staged:
         run.keep(frontier)
 
 
+class _Form:
+    """The moments of a stop as one statistic takes them.
+
+    Args:
+        full: what it has found in full precision already, if it has.
+    """
+
+    def __init__(self, name: str, full: Array | None) -> None:
+        self.name, self._known = name, full
+        self._own = tuple(cast("Gram | Patches", make(name)[name]) for _ in range(2))
+        self._cross: dict[int, _Cross] = {}
+
+    def update(self, values: Sequence[Array]) -> None:
+        """One sample's values in full precision and, once there are some, behind rounded layers."""
+        for i, each in enumerate(values):
+            if i > 0 or self._known is None:
+                self._own[i].update(each)
+        if len(values) > 1:
+            full, rounded = (own.rows(each) for own, each in zip(self._own, values, strict=True))
+            for (group, left), (_, right) in zip(rounded, full, strict=True):
+                self._cross.setdefault(group, _Cross()).update(left, right)
+
+    def parts(self, reached: bool) -> Parts:
+        """The moments; one thing three times where no layer rounded so far lies before."""
+        full = self._own[0].matrices if self._known is None else self._known
+        if not reached:
+            return tuple(Moments(H, H, H) for H in full)
+        rounded = self._own[1].matrices
+        found = zip(
+            full, rounded, (self._cross[g].matrix for g in sorted(self._cross)), strict=True
+        )
+        return tuple(Moments(*each) for each in found)
+
+
 class _Cross:
-    """Y^T X, summed over rows, of values whose last axes are the channels."""
+    """Y^T X, summed over rows."""
 
     def __init__(self) -> None:
         self._sum: Array | None = None
@@ -138,10 +175,8 @@ class _Cross:
     def update(self, left: Array, right: Array) -> None:
         from scipy.linalg.blas import sgemm
 
-        y, x = (np.ascontiguousarray(as_float32(v).reshape(-1, v.shape[-1])) for v in (left, right))
+        y, x = np.ascontiguousarray(left), np.ascontiguousarray(right)
         # BLAS counts columns first: transposed, as they lie, these are x^T and y^T.
-        if not y.size:
-            return
         self._sum = sgemm(1.0, x.T, y.T, 1.0, self._sum, trans_b=1, overwrite_c=1)
         self._rows += len(y)
 

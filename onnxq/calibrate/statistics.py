@@ -2,8 +2,8 @@
 
 A statistic takes arrays one after another (`update`), can be added to another of its kind (`merge`)
 and is the same, bit for bit, whatever the order and however the data was split: extremes and whole
-numbers are all it holds, but for `gram`, a sum of products, whose last bits the order decides. It
-is asked for by name, several joined by "+":
+numbers are all it holds, but for `gram` and `patches`, sums of products, whose last bits the order
+decides. It is asked for by name, several joined by "+":
 
 | name              | holds                                                       | memory |
 |-------------------|-------------------------------------------------------------|--------|
@@ -11,6 +11,7 @@ is asked for by name, several joined by "+":
 | `histogram`       | that, and counts of |x| in bins cut by the float's own bits | 57 KB  |
 | `channel_amax:-1` | max |x| of each index of one axis                           | 4 B each |
 | `gram`            | X^T X of the last axis (its channels), and the rows of X    | 4 B a pair |
+| `patches:...`     | the same of a convolution's patches (`onnxq.unfolding`)     | the same |
 | `rows`            | 256 rows of the last axis (`onnxq.calibrate.rows`)          | 1 KB a channel |
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.bins import MagnitudeBins
+from onnxq.calibrate.patches import Patches
 from onnxq.calibrate.rows import Rows
 from onnxq.errors import OnnxqError
 
@@ -175,7 +177,7 @@ class Gram:
     name: ClassVar[str] = "gram"
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.count = 0
         self._upper: NDArray[np.float32] | None = None
         self._parked: IO[bytes] | None = None
 
@@ -197,24 +199,38 @@ class Gram:
                 "a layer's input was empty throughout the calibration", "give data that reaches it"
             )
         upper = np.triu(found)
-        upper /= np.float32(self.rows)
+        upper /= np.float32(self.count)
         return np.asarray(upper + np.triu(upper, 1).T)
 
+    @property
+    def matrices(self) -> NDArray[np.float32]:
+        """The same [1, channels, channels]: inputs in one group."""
+        return self.matrix[None]
+
+    def rows(self, values: Array) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(0, rows [n, channels]) of the values."""
+        if values.size:
+            yield 0, as_float32(values).reshape(-1, values.shape[-1])
+
     def update(self, values: Array) -> None:
+        for _, rows in self.rows(values):
+            rows = np.ascontiguousarray(rows)
+            # Finite squares are those of finite values: half the time of looking at each.
+            if not math.isfinite(np.vdot(rows, rows)):
+                finite_extremes(values)
+            self.add(rows)
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        """Rows [n, channels], all finite."""
         from scipy.linalg.blas import ssyrk
 
-        if not values.size:
-            return
-        rows = np.ascontiguousarray(as_float32(values).reshape(-1, values.shape[-1]))
-        # Finite squares are those of finite values: half the time of looking at each.
-        if not math.isfinite(np.vdot(rows, rows)):
-            finite_extremes(values)
+        rows = np.ascontiguousarray(rows)
         total = self._state()
         if total is not None and len(total) != rows.shape[1]:
             raise _other_channels(rows.shape[1], len(total))
         # BLAS counts columns first: its A is the rows' transpose as it lies, C its upper triangle.
         self._upper = ssyrk(1.0, rows.T, 1.0, total, overwrite_c=1)
-        self.rows += len(rows)
+        self.count += len(rows)
 
     def divided(self, s: Array) -> Gram:
         """That of the same rows, each channel divided by s [channels]."""
@@ -222,7 +238,7 @@ class Gram:
         if found is not None:
             inverse = (1 / np.asarray(s, np.float64)).astype(np.float32)
             other._upper = np.asfortranarray(found * inverse[:, None] * inverse)
-            other.rows = self.rows
+            other.count = self.count
             if self._parked is not None:
                 other.park()
         return other
@@ -234,7 +250,7 @@ class Gram:
         if own is not None and own.shape != theirs.shape:
             raise _other_channels(len(theirs), len(own))
         self._upper = np.asfortranarray(theirs if own is None else own + theirs)
-        self.rows += other.rows
+        self.count += other.count
 
     def park(self, folder: Path | None = None) -> None:
         """Move the sums to a nameless temporary file; whoever asks for them reads it again.
@@ -255,11 +271,11 @@ class Gram:
         return self._upper
 
     def arrays(self) -> dict[str, Array]:
-        rows, found = np.array(self.rows, np.int64), self._state()
+        rows, found = np.array(self.count, np.int64), self._state()
         return {"rows": rows} if found is None else {"rows": rows, "gram": found}
 
     def load(self, arrays: Mapping[str, Array]) -> None:
-        self.rows = int(arrays["rows"])
+        self.count = int(arrays["rows"])
         self._upper = np.asfortranarray(arrays["gram"], np.float32) if "gram" in arrays else None
 
 
@@ -276,6 +292,7 @@ REGISTRY: dict[str, Callable[[str], Statistic]] = {
     Histogram.name: lambda _: Histogram(),
     Gram.name: lambda _: Gram(),
     Rows.name: lambda _: Rows(),
+    Patches.name: Patches,
     ChannelAmax.name: lambda axis: ChannelAmax(int(axis or -1)),
 }
 
@@ -296,6 +313,13 @@ def make(names: str) -> dict[str, Statistic]:
                 f"there is no statistic {name!r}", f"choose among {', '.join(sorted(REGISTRY))}"
             ) from None
     return made
+
+
+LARGE = (Gram, Patches, Rows)
+"""Kinds that keep more than a few kilobytes, by the channels of the tensor's last axis."""
+
+PARKED = (Gram, Patches)
+"""Kinds that wait on disk when they are done."""
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

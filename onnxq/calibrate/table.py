@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnxq import __version__
 from onnxq.calibrate.one_sided import centered
+from onnxq.calibrate.patches import Patches
 from onnxq.calibrate.ranges import Range, choose, levels
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.session import one_line
@@ -161,6 +162,20 @@ class CalibrationTable:
         """
         return self._one(tensor, Gram, "the Gram matrix").matrix
 
+    def moments(self, tensor: str, statistic: str) -> NDArray[np.float32]:
+        """X^T X / rows, FP32 [groups, length, length], of what a layer reads of `tensor`.
+
+        Args:
+            statistic: `gram`, or `patches:...` of a convolution.
+
+        Raises:
+            OnnxqError: it was not calibrated for that, or never held a value.
+        """
+        found = self.of(tensor).get(statistic)
+        if not isinstance(found, (Gram, Patches)):
+            raise _not_calibrated("the Gram matrix", tensor)
+        return found.matrices
+
     def rows(self, tensor: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Rows of `tensor` [n, channels], and how many of all its rows each stands for [n].
 
@@ -173,9 +188,7 @@ class CalibrationTable:
         for statistic in self.of(tensor).values():
             if isinstance(statistic, kind):
                 return statistic
-        raise OnnxqError(
-            f"{what} of {tensor!r} was not calibrated", "calibrate again with this recipe"
-        )
+        raise _not_calibrated(what, tensor)
 
     def of(self, tensor: str) -> Mapping[str, Statistic]:
         """All statistics of one tensor.
@@ -300,6 +313,12 @@ class CalibrationTable:
             arrays[f"{tensors.index(tensor)}.{name}.{key}"] = array
         with replacing(path) as (temporary,), temporary.open("wb") as stream:
             (np.savez_compressed if compressed else np.savez)(stream, **arrays)
+
+
+def _not_calibrated(what: str, tensor: str) -> OnnxqError:
+    return OnnxqError(
+        f"{what} of {tensor!r} was not calibrated", "calibrate again with this recipe"
+    )
 
 
 def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:

@@ -12,11 +12,10 @@ from typing import Any
 from onnxq.calibrate.data import Feed, Samples
 from onnxq.calibrate.division import Division, Segment
 from onnxq.calibrate.probe import measure_ranges
-from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.run import calibrate
 from onnxq.calibrate.segmented import calibrate_in_segments, measure_in_segments
 from onnxq.calibrate.session import Device, open_session
-from onnxq.calibrate.statistics import Gram
+from onnxq.calibrate.statistics import LARGE, PARKED, make
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.errors import OnnxqError
 from onnxq.files import scratch
@@ -165,10 +164,11 @@ def divide(
     channels = {n: (1, *sizes[n][0])[-1] if n in sizes else 1 for n in watched}
     held, throughout = dict.fromkeys(watched, 0), 0
     for name, kinds in watched.items():
-        if Gram.name in kinds.split("+"):
-            held[name] = Gram.bytes_for(channels[name])
-        if Rows.name in kinds.split("+"):
-            throughout += Rows.bytes_for(channels[name])
+        for statistic in make(kinds).values():
+            if isinstance(statistic, PARKED):
+                held[name] += statistic.bytes_for(channels[name])
+            elif isinstance(statistic, LARGE):
+                throughout += statistic.bytes_for(channels[name])
     return pieces, Division(pieces, sizes, held, len(samples), throughout)
 
 

@@ -45,7 +45,7 @@ def test_it_is_the_mean_outer_product(parked: bool) -> None:
         if parked:
             gram.park()
     np.testing.assert_allclose(gram.matrix, _expected(_batches()), atol=TOLERANCE)
-    assert gram.rows == 17
+    assert gram.count == 17
 
 
 def test_narrow_types_are_widened() -> None:

@@ -90,7 +90,7 @@ def test_moments_follow_the_weights_that_are_replaced(tmp_path: Path) -> None:
     changed: dict[str, np.ndarray] = {}
     with Staged(Segments(model, STOPS), samples) as staged:
         for stop, weight in zip(STOPS, ("a0", "b0", None, "b1", None), strict=True):
-            found = staged.moments(stop)
+            found = staged.moments(stop)["gram"][0]
             full, other = plain[stop], _values(path, x, changed)[stop]
             rows = len(full)
             for got, expected in (
@@ -110,7 +110,7 @@ def test_moments_follow_the_weights_that_are_replaced(tmp_path: Path) -> None:
 def test_before_anything_is_rounded_there_is_one_run(tmp_path: Path) -> None:
     model = Model.load(_residual(tmp_path))
     with Staged(Segments(model, STOPS), _samples(tmp_path, model)) as staged:
-        found = staged.moments("n1")  # stops may be left out
+        found = staged.moments("n1")["gram"][0]  # stops may be left out
         assert found.full is found.rounded is found.cross
         with pytest.raises(ValueError, match="r0"):
             staged.moments("r0")
