@@ -472,3 +472,21 @@ def test_ranges_are_measured_within_the_memory_too(tmp_path: Path) -> None:
     tight = within.ranges_within(model, data, beside=tmp_path / "out/q", memory=base + 60_000_000)
     assert len(free) == 24 and tight == free
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "segments"), [(10**9, 1), (60_000_000, 2), (1_000_000, 1), (None, 1)]
+)
+def test_what_the_machine_has_left_decides_where_nothing_is_said(
+    free: int | None, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little for any division, or nobody knows: the whole model is tried."""
+    from onnxq.calibrate import within
+
+    monkeypatch.setattr(within, "available_memory", lambda: free)
+    model = Model.load(wide(tmp_path))
+    data = open_samples(tmp_path / "in/data.npz", model.inputs(), batch=2)
+    watched = {f"s{i}": "amax" for i in range(12)}
+    table, ran = within.calibrate_within(model, watched, data, beside=tmp_path / "out/q")
+    assert min(ran.segments, 2) == segments and ran.memory is None
+    assert len(table.peaks()) == 12
