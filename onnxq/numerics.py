@@ -311,6 +311,11 @@ def _largest(dtype: npt.DTypeLike) -> float:
     return float(_finfo(dtype).max)
 
 
+def last_place(dtype: npt.DTypeLike) -> float:
+    """What the last digit of a number of this type stands for, at most, as a share of it."""
+    return float(_finfo(dtype).eps)
+
+
 def _finfo(dtype: npt.DTypeLike) -> Any:
     import ml_dtypes
 

@@ -31,7 +31,7 @@ from onnxq.pruning import prune, thinned
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
 from onnxq.rounding import Rounding
-from onnxq.sharing import shared_ranges
+from onnxq.sharing import separate_products, shared_ranges
 from onnxq.sites import is_current
 from onnxq.solving import Solver
 from onnxq.threads import in_order
@@ -181,7 +181,7 @@ def apply_placement(
     if stale:
         raise AssertionError(f"{stale[0]!r} was rescaled: take Placement.current() first")
     if ranges is not None and placement.recipe.qkv_granularity == "tensor":
-        ranges = shared_ranges(placement, ranges)
+        ranges = separate_products(placement, shared_ranges(placement, ranges))
     editor = Editor(model)
     solver = rounding if isinstance(rounding, Solver) else None
     if placement.recipe.quantizes:
