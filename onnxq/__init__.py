@@ -12,7 +12,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxq.api import build, check_zeros, compare, inspect, lint, prune, quantize, recommend
+    from onnxq.api import (
+        build,
+        check_zeros,
+        compare,
+        evaluate_diffusion,
+        inspect,
+        lint,
+        prune,
+        quantize,
+        recommend,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "build",
     "check_zeros",
     "compare",
+    "evaluate_diffusion",
     "inspect",
     "lint",
     "prune",

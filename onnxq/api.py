@@ -1,4 +1,4 @@
-"""The verbs: quantize, inspect, build, compare, lint, prune, recommend.
+"""The verbs: quantize, inspect, build, compare, evaluate_diffusion, lint, prune, recommend.
 
 Every function imports what it needs when it is called, so that `import onnxq` stays light.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq import record
 from onnxq.base import write_fp16
 from onnxq.errors import OnnxqError
+from onnxq.evaluate.verb import evaluate_diffusion as evaluate_diffusion
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.linting.verb import lint as lint
 from onnxq.progress import Progress, silent
@@ -235,6 +236,7 @@ __all__ = [
     "Result",
     "build",
     "compare",
+    "evaluate_diffusion",
     "inspect",
     "lint",
     "quantize",

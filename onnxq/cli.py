@@ -525,6 +525,65 @@ def choice(
         write_json(report, found.as_dict())
 
 
+@evaluate.command()
+@_MODEL
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The original, sampled from the same noise.",
+)
+@click.option(
+    "--conditions",
+    type=click.Path(path_type=Path),
+    help="Inputs beside sample and timestep: npz, a condition a row, or captures of a pipeline.",
+)
+@click.option(
+    "--scheduler",
+    type=click.Path(path_type=Path),
+    help="scheduler_config.json.  [default: beside the original or in ../scheduler, else SDXL's]",
+)
+@click.option(
+    "--betas",
+    type=click.Choice(["scaled_linear", "linear", "squaredcos_cap_v2"]),
+    help="In place of the scheduler's.",
+)
+@click.option(
+    "--prediction",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    help="In place of the scheduler's.",
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of DDIM.")
+@click.option("--samples", type=click.IntRange(1), help="[default: one of each condition]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first.")
+@click.option(
+    "--guidance",
+    type=float,
+    help="Scale of classifier-free guidance, 1: none.  [default: 5 if there is a negative]",
+)
+@click.option("--size", metavar="CxHxW", help="Of a sample, where the model leaves it open.")
+@click.option(
+    "--classifier",
+    type=click.Path(path_type=Path),
+    help="ONNX, samples in, scores out: how many samples are of the class asked for.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="At a time.")
+@click.option("--min-psnr", type=float, metavar="DB", help="Fail below this mean PSNR.")
+@click.option("--picture", type=click.Path(path_type=Path), help="PNG of the samples of both.")
+@_DEVICE
+@_REPORT
+@click.pass_obj
+def diffusion(
+    progress: Any, /, model: Path, size: str | None, report: Path | None, **options: Any
+) -> None:
+    """Samples of a diffusion model against its original's, from the same noise."""
+    from onnxq import api
+    from onnxq.terminal import parse_dims, sampled_lines
+
+    result = api.evaluate_diffusion(model, size=parse_dims(size), progress=progress, **options)
+    _finish(progress, result, sampled_lines(result), report)
+
+
 def _say(line: str, err: bool = False) -> None:
     """Print a line; what a name in the model holds must not move the terminal's cursor."""
     from onnxq.terminal import printable

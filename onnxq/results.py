@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxq.engine.build import BuildResult
     from onnxq.engine.coverage import Coverage
     from onnxq.evaluate.comparison import Comparison
+    from onnxq.evaluate.diffusion import Diffusion
     from onnxq.linting.finding import Finding
     from onnxq.placement import Placement
     from onnxq.predicting import Prediction
@@ -68,6 +69,13 @@ class Compared(Result):
     """Of `compare`."""
 
     comparison: Comparison | None = field(default=None, repr=False)
+
+
+@dataclass
+class Sampled(Result):
+    """Of `evaluate_diffusion`."""
+
+    found: Diffusion | None = field(default=None, repr=False)
 
 
 @dataclass

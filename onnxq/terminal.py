@@ -12,7 +12,16 @@ from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
     from onnxq.linting.finding import Finding
-    from onnxq.results import Built, Checked, Compared, Inspected, Linted, Quantized, Recommended
+    from onnxq.results import (
+        Built,
+        Checked,
+        Compared,
+        Inspected,
+        Linted,
+        Quantized,
+        Recommended,
+        Sampled,
+    )
 
 _QUIET_FIRST = 2.0
 _EVERY = 0.2
@@ -78,6 +87,15 @@ def parse_size(text: str | None) -> int | None:
     if size <= 0:
         raise OnnxqError(f"cannot read the size {text!r}", "write it as 2GB or 512MiB")
     return size
+
+
+def parse_dims(text: str | None) -> tuple[int, ...] | None:
+    """Read `4x128x128`."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", text):
+        raise OnnxqError(f"cannot read the size {text!r}", "write it as 4x128x128")
+    return tuple(map(int, text.split("x")))
 
 
 def printable(line: str) -> str:
@@ -233,6 +251,12 @@ def compared_lines(result: Compared) -> list[str]:
     """The comparison's table, and where the error enters if that was asked for."""
     assert result.comparison is not None
     return result.comparison.lines()
+
+
+def sampled_lines(result: Sampled) -> list[str]:
+    """How far the samples are from the original's."""
+    assert result.found is not None
+    return result.found.lines()
 
 
 def linted_lines(result: Linted) -> list[str]:

@@ -29,11 +29,10 @@ from onnxq.evaluate.likelihood import log_softmax
 from onnxq.evaluate.metrics import jsonable
 from onnxq.evaluate.questions import LETTERS, Question, prompt, read_shots, read_tasks
 from onnxq.evaluate.runners import Device
+from onnxq.evaluate.shares import wilson
 from onnxq.progress import Progress, silent
 
 Doubles = NDArray[np.float64]
-
-_Z = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -267,14 +266,6 @@ def _by_subject(
         reference = None if theirs is None else int(theirs[rows].sum())
         found[subject] = (int(rows.sum()), int(right[rows].sum()), reference)
     return found
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): never outside [0, 1], good for few trials."""
-    share, room = successes / trials, _Z * _Z / trials
-    centre = (share + room / 2) / (1 + room)
-    half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _convention(shots: str, special_tokens: bool) -> str:

@@ -228,7 +228,7 @@ def test_paired_difference(tmp_path: Path, tasks: Path) -> None:
 
 @pytest.mark.parametrize(("right", "questions"), [(0, 4), (3, 4), (4, 4), (95, 281), (1, 1)])
 def test_the_interval_is_wilsons(right: int, questions: int) -> None:
-    from onnxq.evaluate.choice import wilson
+    from onnxq.evaluate.shares import wilson
 
     expected = binomtest(right, questions).proportion_ci(0.95, method="wilson")
     assert wilson(right, questions) == pytest.approx((expected.low, expected.high), abs=1e-6)
