@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
+    from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
 
@@ -137,7 +138,7 @@ def quantize(
                 table.save(Path(save_calib))
         digest = table.digest if table is not None else None
         if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-            placement, table = _rescaled(graph, placement, table, samples, measured)
+            placement, table = _rescaled(graph, placement, table, samples, measured, unfinished)
         if table is not None:
             say_steps(placement, table, report)
         ranges = activation_ranges(placement, table) if table is not None else None
@@ -318,6 +319,7 @@ def _rescaled(
     table: CalibrationTable,
     samples: Samples | None,
     measured: Measured,
+    unfinished: Unfinished,
 ) -> tuple[Placement, CalibrationTable]:
     """The placement and the statistics behind the steps that rescale layers."""
     from onnxq.rescaling import rescale, summary
@@ -331,6 +333,7 @@ def _rescaled(
         measured.device,
         beside=measured.destination,
         memory=measured.memory,
+        unfinished=unfinished,
     )
     measured.report.edits += edits
     measured.report.facts["rescaling"] = summary(edits)

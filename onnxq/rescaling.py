@@ -6,7 +6,7 @@ no operator is added; where that cannot be done, or would gain nothing, the laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,14 @@ from onnxq.report import Edit
 from onnxq.rounding import weight_matrix
 from onnxq.sites import Site, current
 from onnxq.smoothing import Fit, Weights, search_factors
+from onnxq.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples
     from onnxq.calibrate.session import Device
+
+Found = tuple[FloatArray | None, str]
+"""The factors of one input [channels], None where none are worth it; and why."""
 
 
 def rescale(
@@ -48,6 +52,7 @@ def rescale(
     *,
     beside: Path | None = None,
     memory: int | None = None,
+    unfinished: Unfinished | None = None,
 ) -> tuple[Placement, CalibrationTable, list[Edit]]:
     """Apply the rescale step of the placement's recipe, on the graph as it was calibrated.
 
@@ -56,6 +61,7 @@ def rescale(
             largest, so that no factor makes it overflow. (What is in FP32 is measured when it is
             converted.)
         beside, memory: as `within.ranges_within` takes them.
+        unfinished: where the factors found wait for a run that goes on after this one.
 
     Returns:
         The placement of the weights as they are now; the table, whose Gram matrices have followed
@@ -66,7 +72,7 @@ def rescale(
         return placement, table, []
     (name,) = names
     editor, edits = Editor(model), []
-    groups = _groups(placement)
+    groups, unfinished = _groups(placement), unfinished or Unfinished()
     run = partial(_peaks, beside=beside or model.path, memory=memory, device=device)
     peaks = run(model, groups, samples) if samples is not None else {}
     for done, (tensor, sites) in enumerate(groups, 1):
@@ -75,8 +81,11 @@ def rescale(
         if isinstance(fold, str):
             edits.append(Edit(name, "leave", tensor.name, fold))
         else:
-            edit, s = _rescaled(name, editor, fold, sites, placement.recipe, table, peaks)
-            edits.append(edit)
+            weights = [weight_matrix(current(site), placement.recipe) for site in sites]
+            fit = _fitting(fold, table, peaks)
+            search = partial(_SEARCHES[name], fold, weights, placement.recipe, table, fit)
+            s, said = _kept(unfinished, f"{name} {tensor.name}", search)
+            edits.append(_applied(name, editor, fold, s, said))
             if s is not None:
                 table = _followed(table, fold, s)
         progress("rescaling", done, len(groups))
@@ -121,22 +130,24 @@ def _peaks(
     return ranges_within(model, samples, only=divided, beside=beside, memory=memory, device=device)
 
 
-def _rescaled(
-    name: str,
-    editor: Editor,
-    fold: Fold,
-    sites: Sequence[Site],
-    recipe: Recipe,
-    table: CalibrationTable,
-    peaks: Mapping[str, float],
-) -> tuple[Edit, FloatArray | None]:
-    """Search the factors of one input, and fold them; None where none are worth it."""
-    weights = [weight_matrix(current(site), recipe) for site in sites]
-    found, said = _SEARCHES[name](fold, weights, recipe, table, _fitting(fold, table, peaks))
-    if found is None:
-        return Edit(name, "leave", fold.tensor.name, said), None
-    edit = fold.apply(editor, found)
-    return Edit(name, edit.verb, edit.target, f"{said}; {edit.reason}"), found
+def _kept(unfinished: Unfinished, name: str, search: Callable[[], Found]) -> Found:
+    """What the search finds, or found before it was stopped."""
+
+    def arrays() -> dict[str, FloatArray]:
+        s, said = search()
+        words = np.frombuffer(said.encode(), np.uint8)
+        return {"said": words} if s is None else {"said": words, "s": s}
+
+    known = unfinished.arrays(f"factors {name}", arrays)
+    return known.get("s"), known["said"].tobytes().decode()
+
+
+def _applied(name: str, editor: Editor, fold: Fold, s: FloatArray | None, said: str) -> Edit:
+    """Fold the factors found for one input, if any is worth it."""
+    if s is None:
+        return Edit(name, "leave", fold.tensor.name, said)
+    edit = fold.apply(editor, s)
+    return Edit(name, edit.verb, edit.target, f"{said}; {edit.reason}")
 
 
 def _fitting(fold: Fold, table: CalibrationTable, peaks: Mapping[str, float]) -> Fit:
@@ -154,9 +165,7 @@ def _fitting(fold: Fold, table: CalibrationTable, peaks: Mapping[str, float]) ->
     return fit
 
 
-def _awq(
-    fold: Fold, weights: Weights, recipe: Recipe, table: CalibrationTable, fit: Fit
-) -> tuple[FloatArray | None, str]:
+def _awq(fold: Fold, weights: Weights, recipe: Recipe, table: CalibrationTable, fit: Fit) -> Found:
     """The factors for one input, or none; and why."""
     gram = table.gram(fold.tensor.name)
     found, alpha = search_channel_scales(weights, gram, fold.ties())

@@ -14,6 +14,7 @@ import pytest
 from core_graphs import Net, recipe
 
 import onnxq
+from onnxq import rescaling
 from onnxq.algorithms import awq, gptq
 from onnxq.errors import OnnxqError
 from onnxq.files import take
@@ -96,10 +97,32 @@ def test_a_run_goes_on_and_ends_with_the_same_bytes(
     whole = _quantize(folder, "whole.onnx", name)
     assert sweeps[0] == LAYERS
     kept = _stopped(folder, sweeps, after, name)
-    assert len(list(kept.glob("*.npz"))) == after + 1  # and the calibration
+    factors = 3 if name == "int4-best" else 0  # of the norm, of /mul and of /c
+    assert len(list(kept.glob("*.npz"))) == after + factors + 1  # and the calibration
     assert _quantize(folder, "m.onnx", name, resume=True) == whole
     assert sweeps[0] == LAYERS - after
     assert not kept.exists()
+
+
+def test_factors_are_not_searched_again(
+    folder: Path, sweeps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cores(monkeypatch, 1)
+    whole = _quantize(folder, "whole.onnx")
+    searched: list[int] = []
+    plain = awq.search_channel_scales
+
+    def counted(weights: Any, *arguments: Any) -> Any:
+        searched.append(len(weights))
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return plain(weights, *arguments)
+
+    monkeypatch.setattr(rescaling, "search_channel_scales", counted)
+    with pytest.raises(KeyboardInterrupt):
+        _quantize(folder, "m.onnx", resume=True)
+    assert _quantize(folder, "m.onnx", resume=True) == whole
+    assert searched == [2, 1, 1, 1]  # the layers that read each input; the last one's again
 
 
 def test_it_is_said(folder: Path, sweeps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
