@@ -104,6 +104,7 @@ def test_reasons_answer_the_questions() -> None:
     assert "0.5 % may be lost: tight" in reasons["accuracy"]
     assert "5.7 % of MMLU, more than that" in reasons["accuracy"]
     assert any("measure both" in note for note in found.notes)
+    assert "from about 8 on" in dict(ask("h100", "online", batch=8).reasons)["concurrency"]
     busy = dict(ask("h100", "online", saturated=True).reasons)
     assert "in full use" in busy["concurrency"]
     assert "multiplications decide" in dict(ask("h100", "offline").reasons)["workload"]

@@ -44,7 +44,9 @@ def test_all_cards_of_the_target_at_fixed_shapes(linear: Path) -> None:
     (product,) = [share for share in first.shares if share.flops]
     assert (product.flops, product.dtype) == (2 * ROWS * K * N, "fp16 x fp8")
     assert first.before is None and first.speed_up is None
-    assert "predicted on L4" in "\n".join(built.predicted.lines())
+    said = "\n".join(built.predicted.lines())
+    assert "predicted on L4" in said
+    assert "4.19 MFLOP" in said and f"{product.nbytes / 1e3:.3g} kB" in said
     assert built.as_dict()["predicted"]["assumed"]["compute"] == 0.6
 
 
