@@ -111,18 +111,22 @@ def measured_again(
     samples: Samples | None,
     measured: Measured,
 ) -> CalibrationTable:
-    """The table with the ranges of the rescaled model in the place of the original's."""
+    """The table with the ranges of the rescaled model in the place of the original's.
+
+    Without samples they follow from the channels' maxima, where the recipe asks for no more.
+
+    Raises:
+        OnnxqError: it asks for more, and there are no samples.
+    """
     from onnxq.transform import watched_tensors
 
-    if samples is None:
-        raise OnnxqError(
-            f"recipe {placement.recipe.name} rescales layers, whose ranges must be measured again",
-            "give the data too, with --calib or --text: a calibration table is not enough",
-        )
     watched = {
         tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram", "steps"))
         for tensor, names in watched_tensors(placement).items()
     }
+    if samples is None:
+        measured.report.notes.append("ranges behind rescaling follow from the channels' maxima")
+        return _followed(table, watched, placement.recipe)
     again = measured(graph, {tensor: names for tensor, names in watched.items() if names}, samples)
     tensors = table.statistics.keys() | again.statistics.keys()
     return replace(
@@ -131,6 +135,30 @@ def measured_again(
             t: {**table.statistics.get(t, {}), **again.statistics.get(t, {})} for t in tensors
         },
     )
+
+
+def _followed(
+    table: CalibrationTable, watched: Mapping[str, str], recipe: Recipe
+) -> CalibrationTable:
+    """The table with the range of each rescaled tensor, the largest of its channels' maxima."""
+    from onnxq.calibrate.statistics import Amax, ChannelAmax
+
+    statistics = dict(table.statistics)
+    for tensor, names in watched.items():
+        found = statistics.get(tensor, {})
+        if not names or any(isinstance(statistic, Amax) for statistic in found.values()):
+            continue
+        channels = next((s for s in found.values() if isinstance(s, ChannelAmax)), None)
+        if channels is None or channels.values is None or "histogram" in names:
+            raise OnnxqError(
+                f"recipe {recipe.name} rescales layers, whose ranges must be measured again",
+                "give the data too, with --calib or --text: a calibration table is not enough",
+            )
+        peak = float(channels.values.max(initial=0))
+        whole = Amax()
+        whole.low, whole.high = -peak, peak
+        statistics[tensor] = {**found, Amax.name: whole}
+    return replace(table, statistics=statistics)
 
 
 def say_steps(placement: Placement, table: CalibrationTable, report: Report) -> None:

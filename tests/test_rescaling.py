@@ -73,9 +73,25 @@ def test_ranges_are_those_of_the_rescaled_input(tmp_path: Path) -> None:
     assert initializer(model, "gain")[0] != 20
 
 
-def test_a_table_alone_does_not_serve_where_ranges_change(tmp_path: Path) -> None:
+def test_largest_values_follow_from_a_table_alone(tmp_path: Path) -> None:
+    """Those of a channel that is divided are divided: the scale is that of a second measurement."""
     source, (calib, _), table = _net(tmp_path), _data(tmp_path, 0), tmp_path / "t.npz"
-    chosen = _with("w4a8-rtn", "awq")
+    options = {"recipe": _with("w4a8-rtn", "awq"), "precision": "keep"}
+    scales = []
+    for given in ({"calib": calib, "save_calib": table}, {"load_calib": [table]}):
+        made = tmp_path / f"{len(scales)}.onnx"
+        onnxq.quantize(source, made, **options, **given)
+        model = onnx.load(made)
+        quantizes = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+        (q,) = [n for n in quantizes if "/norm" in n.input[0]]
+        scales.append(float(initializer(model, q.input[1])))
+        assert initializer(model, "gain")[0] != 20  # it was rescaled
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
+def test_a_table_alone_does_not_serve_where_ranges_are_chosen(tmp_path: Path) -> None:
+    source, (calib, _), table = _net(tmp_path), _data(tmp_path, 0), tmp_path / "t.npz"
+    chosen = replace(_with("w4a8-rtn", "awq"), calibrator="mse")
     onnxq.quantize(source, tmp_path / "m.onnx", recipe=chosen, calib=calib, save_calib=table)
     with pytest.raises(OnnxqError, match="must be measured again"):
         onnxq.quantize(source, tmp_path / "n.onnx", recipe=chosen, load_calib=[table])
