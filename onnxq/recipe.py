@@ -135,6 +135,8 @@ class Recipe:
     def statistics(self) -> tuple[str, ...]:
         """What its steps need to know of every layer's input, by the names of `calibrate`."""
         needs = [s for name in self.steps if name in NEEDS for s in NEEDS[name]]
+        if self.alpha is not None:  # nothing is tried on rows
+            needs = [s for s in needs if s != "rows"]
         return (*needs, "gram") if self.needs_grams else (*needs,)
 
     @property
