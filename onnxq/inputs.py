@@ -90,6 +90,12 @@ class CalibratedInputs:
         key = tensor, layout.statistic
         if self._last.known is None or self._last.known[0] != key:
             found = self._table.moments(tensor, layout.statistic)
+            if found.shape != (layout.groups, layout.length, layout.length):
+                raise OnnxqError(
+                    f"the calibration table's Gram matrix of {tensor!r} is that of "
+                    f"{found.shape[-1]} inputs, but {site.name!r} has {layout.length}",
+                    "calibrate this model again",
+                )
             self._last.known = key, tuple(Moments(H, H, H) for H in found)
         return self._last.known[1]
 

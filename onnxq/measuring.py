@@ -96,7 +96,7 @@ def calibrate(
     if not tables:
         assert samples is not None  # `refuse_missing_data` saw to it
         run = partial(measured, graph, watched, samples, graph.fingerprint)
-        return unfinished.table(run, graph.fingerprint)
+        return unfinished.table(run, graph.fingerprint, watched)
     table = load_table(Path(tables[0]), graph.fingerprint)
     for path in tables[1:]:
         table = table.merge(load_table(Path(path), graph.fingerprint))

@@ -84,7 +84,7 @@ def rescale(
             weights = [weight_matrix(current(site), placement.recipe) for site in sites]
             fit = _fitting(fold, table, peaks)
             search = partial(_SEARCHES[name], fold, weights, placement.recipe, table, fit)
-            s, said = _kept(unfinished, f"{name} {tensor.name}", search)
+            s, said = _kept(unfinished, f"{name} {tensor.name}", fold.size, search)
             edits.append(_applied(name, editor, fold, s, said))
             if s is not None:
                 table = _followed(table, fold, s)
@@ -130,16 +130,24 @@ def _peaks(
     return ranges_within(model, samples, only=divided, beside=beside, memory=memory, device=device)
 
 
-def _kept(unfinished: Unfinished, name: str, search: Callable[[], Found]) -> Found:
-    """What the search finds, or found before it was stopped."""
+def _kept(unfinished: Unfinished, name: str, size: int, search: Callable[[], Found]) -> Found:
+    """What the search finds, or found before it was stopped.
 
-    def arrays() -> dict[str, FloatArray]:
-        s, said = search()
-        words = np.frombuffer(said.encode(), np.uint8)
+    Args:
+        size: of the factors.
+    """
+
+    def arrays(found: Found) -> dict[str, FloatArray]:
+        s, words = found[0], np.frombuffer(found[1].encode(), np.uint8)
         return {"said": words} if s is None else {"said": words, "s": s}
 
-    known = unfinished.arrays(f"factors {name}", arrays)
-    return known.get("s"), known["said"].tobytes().decode()
+    def read(known: Mapping[str, FloatArray]) -> Found:
+        s, said = known.get("s"), known["said"].tobytes().decode()
+        if s is not None and not (s.shape == (size,) and (s > 0).all() and np.isfinite(s).all()):
+            raise ValueError("no factors")
+        return s, said
+
+    return unfinished.part(f"factors {name}", search, arrays, read)
 
 
 def _applied(name: str, editor: Editor, fold: Fold, s: FloatArray | None, said: str) -> Edit:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -25,6 +26,7 @@ from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.sparsegpt import sparsegpt_rounded
 from onnxq.drafts import Drafts, by_part
+from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.weights import constant_type
@@ -123,11 +125,18 @@ class Solver:
         if scheme.format.two_level:
             largest = float(np.abs(W).max(initial=0))
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
-        found = self._unfinished.arrays(
+
+        def read(arrays: Mapping[str, Array]) -> _Solution:
+            found = _Solution.of(arrays, W, inner.format.dtype(), inner.scale_type)
+            found.values(inner)  # or its scales are of another shape
+            return found
+
+        solution = self._unfinished.part(
             f"layer {self._place(site)} {site.weight_name} {inner}",
-            lambda: self._solve(site, W, inner, layout.channels).arrays(),
+            lambda: self._solve(site, W, inner, layout.channels),
+            _Solution.arrays,
+            read,
         )
-        solution = _Solution.of(found, inner)
         self._said[id(site.node)] = solution.solved
         stored = solution.values(inner)
         self._inputs.rounded(site, layout.weight(stored))
@@ -158,17 +167,22 @@ class Solver:
         assert site.operand is not None
         W, layout = _matrix(site)
 
-        def found() -> dict[str, Array]:
+        def found() -> _Solution:
             parts = self._inputs.of(site)
-            *_, draft = self._drafts.of(W, parts, layout.channels)
+            with _soluble(site, parts):
+                *_, draft = self._drafts.of(W, parts, layout.channels)
             error = _output_error(W, draft.values, parts) / _power(W, parts)
             solved = Solved(site.name, {draft.name: error}, draft.name)
-            return _Solution(draft.values.astype(np.float32), np.ones(()), solved).arrays()
+            return _Solution(draft.values.astype(np.float32), np.ones((), np.float32), solved)
 
-        kept = self._unfinished.arrays(f"zeros {self._place(site)} {site.weight_name}", found)
-        self._said[id(site.node)] = Solved(**json.loads(kept["about"].tobytes()))
-        values = kept["codes"].view(np.float32)
-        values = layout.weight(values)
+        kept = self._unfinished.part(
+            f"zeros {self._place(site)} {site.weight_name}",
+            found,
+            _Solution.arrays,
+            lambda arrays: _Solution.of(arrays, W, np.float32, "float32"),
+        )
+        self._said[id(site.node)] = kept.solved
+        values = layout.weight(kept.codes)
         self._inputs.rounded(site, values)
         return self._store.put(values.astype(numpy_dtype(constant_type(site.operand.constant))))
 
@@ -177,6 +191,12 @@ class Solver:
 
     def _solve(self, site: Site, W: Array, scheme: QuantScheme, channels: int) -> _Solution:
         parts = self._inputs.of(site)
+        with _soluble(site, parts):
+            return self._best(site, W, scheme, parts, channels)
+
+    def _best(
+        self, site: Site, W: Array, scheme: QuantScheme, parts: Parts, channels: int
+    ) -> _Solution:
         power = _power(W, parts)
         errors: dict[str, float] = {}
         best: _Candidate | None = None
@@ -255,6 +275,24 @@ class Solver:
         return left + [s.edit() if isinstance(s, Solved) else s for s in said]
 
 
+@contextmanager
+def _soluble(site: Site, parts: Parts) -> Iterator[None]:
+    """Name the layer whose second moments cannot be worked with."""
+    wrong = ""
+    if not all(np.isfinite(np.diag(m.full) + np.diag(m.rounded)).all() for m in parts):
+        wrong = "overflow"
+    try:
+        if not wrong:
+            yield
+    except np.linalg.LinAlgError as error:
+        wrong = f"are those of no input ({error})"
+    if wrong:
+        raise OnnxqError(
+            f"the second moments of what {site.name!r} reads {wrong}",
+            f"calibrate again, or leave the layer: --rule 'leave weight={site.weight_name}'",
+        )
+
+
 @dataclass(frozen=True)
 class _Solution:
     """A weight's codes [K, N] in the format's type, its scales, and what is said of it."""
@@ -277,14 +315,17 @@ class _Solution:
         return {name: array.view(f"u{array.itemsize}") for name, array in plain.items()}
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Array], scheme: QuantScheme) -> _Solution:
-        dtype = scheme.format.dtype()
-        return cls(
-            arrays["codes"].view(dtype),
-            arrays["scale"].view(dtype_named(scheme.scale_type)),
-            Solved(**json.loads(arrays["about"].tobytes())),
-            arrays["zero"].view(dtype) if "zero" in arrays else None,
-        )
+    def of(cls, arrays: Mapping[str, Array], W: Array, dtype: Any, scale_type: str) -> _Solution:
+        """What `arrays` gave of a solution for W in that type.
+
+        Raises:
+            Exception: they are something else.
+        """
+        codes, solved = arrays["codes"].view(dtype), Solved(**json.loads(arrays["about"].tobytes()))
+        if codes.shape != W.shape or solved.kept not in solved.errors:
+            raise ValueError("codes of another weight")
+        zero = arrays["zero"].view(dtype) if "zero" in arrays else None
+        return cls(codes, arrays["scale"].view(dtype_named(scale_type)), solved, zero)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+T = TypeVar("T")
 
 
 class Unfinished:
@@ -41,32 +40,59 @@ class Unfinished:
         self._folder = folder
         self.found = 0
 
-    def arrays(self, name: str, make: Callable[[], Arrays]) -> Arrays:
-        """The part of that name: from an earlier run, or made now and kept."""
+    def part(
+        self,
+        name: str,
+        make: Callable[[], T],
+        keep: Callable[[T], Arrays],
+        read: Callable[[Arrays], T],
+    ) -> T:
+        """The part of that name: from an earlier run, or made now and kept.
+
+        Args:
+            keep: gives its arrays.
+            read: the other way; any exception means that these are not the part's.
+        """
         if self._folder is None:
             return make()
         path = self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
         try:
             with np.load(path) as file:
-                found = dict(file)
+                found = read(dict(file))
+        except Exception:  # not there, or damaged: of what numpy, zipfile and json raise, anything
+            made = make()
+        else:
             self.found += 1
             return found
-        except _DAMAGED:  # not there, or not whole
-            made = make()
         with replacing(path) as (temporary,), temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **made)
+            np.savez(stream, allow_pickle=False, **keep(made))
         return made
 
-    def table(self, make: Callable[[], CalibrationTable], fingerprint: str) -> CalibrationTable:
-        """The calibration table: from an earlier run, or made now and kept."""
+    def table(
+        self,
+        make: Callable[[], CalibrationTable],
+        fingerprint: str,
+        watched: Mapping[str, str],
+    ) -> CalibrationTable:
+        """The calibration table: from an earlier run, or made now and kept.
+
+        Args:
+            watched: what it must have, as `CalibrationTable.require` takes it.
+        """
         from onnxq.calibrate.table import load_table
 
         if self._folder is None:
             return make()
         path = self._folder / "calibration.npz"
         if path.exists():
-            self.found += 1
-            return load_table(path, fingerprint)
+            try:
+                found = load_table(path)
+                found.require(fingerprint, watched)
+            except OnnxqError:  # damaged
+                pass
+            else:
+                self.found += 1
+                return found
         made = make()
         made.save(path, compressed=False)
         return made

@@ -180,3 +180,31 @@ def test_a_saved_calibration_serves(tmp_path: Path) -> None:
             source, tmp_path / "c.onnx", recipe="int4-gptq", calib=calib, save_calib=table
         )
         onnxq.quantize(source, tmp_path / "d.onnx", recipe="fp8-gptq", load_calib=[table])
+
+
+def test_a_table_of_other_inputs_is_refused(tmp_path: Path) -> None:
+    """A Gram matrix of fewer channels than the layer has, as no calibration of it gives."""
+    source, (calib, _) = _linear(tmp_path), _data(tmp_path)
+    table, chosen = tmp_path / "t.npz", _with("int4-rtn", "gptq")
+    onnxq.quantize(source, tmp_path / "a.onnx", recipe=chosen, calib=calib, save_calib=table)
+    arrays = dict(np.load(table))
+    cut = {n: a[:8, :8] if n.endswith("gram") else a for n, a in arrays.items()}
+    np.savez(table, **cut)
+    with pytest.raises(OnnxqError, match="is that of 8 inputs, but '/a' has 96"):
+        onnxq.quantize(source, tmp_path / "b.onnx", recipe=chosen, load_calib=[table])
+
+
+def test_moments_that_no_input_has_are_refused(tmp_path: Path) -> None:
+    source, (calib, x) = _linear(tmp_path), _data(tmp_path)
+    table, chosen = tmp_path / "t.npz", _with("int4-rtn", "gptq")
+    onnxq.quantize(source, tmp_path / "a.onnx", recipe=chosen, calib=calib, save_calib=table)
+    arrays = dict(np.load(table))
+    made = {
+        n: a + 100 * np.eye(len(a))[::-1] if n.endswith("gram") else a for n, a in arrays.items()
+    }
+    np.savez(table, **made)
+    with pytest.raises(OnnxqError, match="what '/a' reads are those of no input"):
+        onnxq.quantize(source, tmp_path / "b.onnx", recipe=chosen, load_calib=[table])
+    np.savez(calib, x=x * np.float32(1e20))
+    with pytest.raises(OnnxqError, match="what '/a' reads overflow"):
+        onnxq.quantize(source, tmp_path / "b.onnx", recipe=chosen, calib=calib)

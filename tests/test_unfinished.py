@@ -273,3 +273,42 @@ def test_awq_picks_the_first_of_equal_factors(monkeypatch: pytest.MonkeyPatch) -
         [(weight, QuantScheme(scheme, PerBlock(0, 32), "float32"))], np.eye(64)
     )
     assert found[1] == 0.0 and (found[0] == 1).all()
+
+
+def _without_codes(path: Path) -> None:
+    arrays = dict(np.load(path))
+    del arrays[next(name for name in ("codes", "table") if name in arrays)]
+    np.savez(path, **arrays)
+
+
+def _of_another_shape(path: Path) -> None:
+    """The codes, or the Gram matrices, without their last row."""
+    arrays = dict(np.load(path))
+    np.savez(path, **{n: a[:-1] if n.endswith(("codes", "gram")) else a for n, a in arrays.items()})
+
+
+def _no_json(path: Path) -> None:
+    arrays = dict(np.load(path))
+    name = next(name for name in ("about", "table") if name in arrays)
+    np.savez(path, **{**arrays, name: arrays[name][:-1]})
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [_without_codes, _of_another_shape, _no_json, _cut])
+def test_what_is_damaged_is_made_again(
+    damage: Callable[[Path], None],
+    folder: Path,
+    sweeps: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each part, and the calibration too."""
+    _cores(monkeypatch, 1)
+    whole = _quantize(folder, "whole.onnx", "int4-gptq")
+    kept = _stopped(folder, sweeps, 3, "int4-gptq")
+    for path in kept.glob("*.npz"):
+        damage(path)
+    assert _quantize(folder, "m.onnx", "int4-gptq", resume=True) == whole
+    assert sweeps[0] == LAYERS

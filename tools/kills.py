@@ -31,7 +31,18 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper as nh
 
-VERBS = ("quantize", "quantize-external", "build")
+_GPTQ = ("{in}", "-o", "{out}", "--recipe", "int4-gptq", "--random-calib", "--samples", "4")
+VERBS: dict[str, tuple[str, ...]] = {
+    "quantize": ("quantize", "{in}", "-o", "{out}"),
+    "quantize-external": ("quantize", "{in}", "-o", "{out}"),
+    "build": ("build", "{in}", "-o", "{out}", "--shapes", "x:1x256"),
+    "prune": ("prune", "{in}", "-o", "{out}"),
+    "sequential": ("quantize", *_GPTQ, "--set", "steps=[sequential,search,gptq]"),
+    "resume": ("quantize", *_GPTQ, "--resume"),
+}
+"""Name -> the command; what is killed with `--resume` goes on in the next run."""
+_SMALL = ("build", "sequential", "resume")  # of few and small layers: the work is more than writing
+_RUNTIMES = ".ses"  # ONNX Runtime's own, of every session's first start in a folder
 _LATE = 0.6  # of the kills strike in the last part of a run, where files change
 _LATE_FROM = 0.55  # of its time
 
@@ -73,9 +84,9 @@ class Scene:
         return self.folder / "out" / ("model.plan" if self.verb == "build" else "model.onnx")
 
     def command(self, which: str) -> list[str]:
-        source, verb = self.folder / f"in/{which}.onnx", self.verb.split("-")[0]
-        words = [sys.executable, "-m", "onnxq.cli", "-q", verb, str(source), "-o", str(self.output)]
-        return words + (["--shapes", "x:1x256"] if verb == "build" else [])
+        files = {"{in}": str(self.folder / f"in/{which}.onnx"), "{out}": str(self.output)}
+        words = [files.get(word, word) for word in VERBS[self.verb]]
+        return [sys.executable, "-m", "onnxq.cli", "-q", *words]
 
     def start(self, which: str) -> subprocess.Popen[bytes]:
         temporary = self.folder / "tmp"
@@ -115,7 +126,8 @@ class Scene:
         known = {self.output.name, *self.referenced()}
         known |= {f"{self.output.name}.json"} if self.verb == "build" else set()
         beside = {p.name for p in self.output.parent.iterdir()} - known
-        return sorted(beside) + sorted(p.name for p in (self.folder / "tmp").iterdir())
+        temporary = {p.name for p in (self.folder / "tmp").iterdir()} - {_RUNTIMES}
+        return sorted(beside) + sorted(temporary)
 
     def inputs(self) -> list[tuple[str, bytes, int]]:
         files = sorted((self.folder / "in").iterdir())
@@ -134,7 +146,7 @@ def prepare(folder: Path, verb: str) -> Scene:
 
 def _write(path: Path, seed: int, external: bool) -> None:
     """A few megabytes of weights, so that writing them takes a while."""
-    size, layers = (256, 3) if path.parent.parent.name == "build" else (1024, 6)
+    size, layers = (256, 3) if path.parent.parent.name in _SMALL else (1024, 6)
     generator = np.random.default_rng(seed)
     names = ["x", *(f"a{i}" for i in range(layers))]
     weights = [

@@ -79,5 +79,7 @@ class Patches:
         return {key: np.stack([arrays[key] for arrays in found]) for key in found[0]}
 
     def load(self, arrays: Mapping[str, Array]) -> None:
+        if any(len(array) != len(self._grams) for array in arrays.values()):
+            raise ValueError("Gram matrices of another number of groups")
         for index, gram in enumerate(self._grams):
             gram.load({key: array[index] for key, array in arrays.items()})

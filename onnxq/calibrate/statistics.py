@@ -275,8 +275,12 @@ class Gram:
         return {"rows": rows} if found is None else {"rows": rows, "gram": found}
 
     def load(self, arrays: Mapping[str, Array]) -> None:
-        self.count = int(arrays["rows"])
-        self._upper = np.asfortranarray(arrays["gram"], np.float32) if "gram" in arrays else None
+        found = np.asfortranarray(arrays["gram"], np.float32) if "gram" in arrays else None
+        if found is not None and (found.ndim != 2 or len(found) != len(found.T)):
+            raise ValueError(f"a Gram matrix of shape {list(found.shape)}")
+        if found is not None and not np.isfinite(found).all():
+            raise ValueError("a Gram matrix that is not finite")
+        self.count, self._upper = int(arrays["rows"]), found
 
 
 def _other_channels(found: int, before: int) -> OnnxqError:

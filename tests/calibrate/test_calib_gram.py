@@ -119,3 +119,23 @@ def test_gram_matrices_count_as_memory_and_are_the_same_in_several_passes(tmp_pa
     assert ["a1"] in asked
     for name in watched:
         np.testing.assert_array_equal(split.gram(name), whole.gram(name))
+
+
+@pytest.mark.parametrize(
+    ("gram", "said"),
+    [
+        (np.ones((3, 4), np.float32), "of shape"),
+        (np.ones(4, np.float32), "of shape"),
+        (np.full((4, 4), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_a_table_that_holds_something_else_is_refused(
+    gram: np.ndarray, said: str, tmp_path: Path
+) -> None:
+    found = make("gram")
+    found["gram"].update(np.ones((2, 4), np.float32))
+    CalibrationTable("f", {"x": found}, ()).save(tmp_path / "t.npz")
+    arrays = dict(np.load(tmp_path / "t.npz"))
+    np.savez(tmp_path / "t.npz", **{**arrays, "0.gram.gram": gram})
+    with pytest.raises(OnnxqError, match=said):
+        load_table(tmp_path / "t.npz")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from onnxq.graph.prepare import prepare
 from onnxq.placement import place
 from onnxq.recipe import load as load_recipe
 from onnxq.terminal import printable
-from tools.fuzz import corpus, mutate
+from tools.fuzz import corpus, mutate, stopped
 
 RECIPES = ("int8-dynamic", "fp8-dynamic", "int8", "fp8", "fp8-attention", "int8-weight-only")
 WITHOUT_DATA = ("int8-dynamic", "fp8-dynamic", "int8-weight-only", "fp8-weight-only", "int4-rtn")
+PATTERNS = ("2:4", "2:4", "1:2", "3:5", "0.5")
 TARGETS = ("sm80", "sm89", "sm120")
 _WRITTEN_FROM = 60_000  # bytes; larger models are looked at only
 
@@ -69,6 +71,8 @@ class Cases:
         self.real = list(corpus.real_pieces(models, folder / "data")) if models.is_dir() else []
         self.archives = list(corpus.archives())
         self.tables = list(corpus.tables(folder))
+        self.stopped = stopped.Runs(folder)
+        self.left = self.stopped.seeds()
 
     def make(self, number: int) -> Case:
         """Run number `number`."""
@@ -78,7 +82,9 @@ class Cases:
             return self._archive(rng)
         if draw < 0.20:
             return self._table(rng)
-        if draw < 0.203:
+        if draw < 0.23:
+            return self._stopped(rng)
+        if draw < 0.233:
             return Case("bomb", "none", mutate.bomb(rng), lambda p: model(p, rng), ".onnx")
         pool = self.real if self.real and rng.random() < 0.35 else self.small
         chosen = rng.choice(pool)
@@ -98,6 +104,17 @@ class Cases:
         content = mutate.archive(chosen.content, [chosen.content], rng)
         return Case("table", chosen.name, content, table, ".npz")
 
+    def _stopped(self, rng: random.Random) -> Case:
+        """What a stopped run left, or its table given to another."""
+        chosen = rng.choice(self.left)
+        others = [seed.content for seed in rng.sample(self.left, 3)]
+        damage = mutate.archive if chosen.name.endswith(".npz") else mutate.any_bytes
+        content = damage(chosen.content, others, rng)
+        run = partial(self.stopped.go_on, seed=chosen.name)
+        if chosen.name.endswith("calibration.npz") and rng.random() < 0.7:
+            run = partial(self.stopped.with_table, rng=rng)
+        return Case("stopped", chosen.name, content, run, ".npz")
+
 
 def model(path: Path, rng: random.Random) -> None:
     """Load, prepare, place, lint; of small models also write the quantized or mended one, and read
@@ -114,7 +131,7 @@ def model(path: Path, rng: random.Random) -> None:
         onnxq.quantize(path, written, recipe=rng.choice(WITHOUT_DATA), requantize=again)
         Model.load(written)
     if small and rng.random() < 0.1:
-        onnxq.prune(path, written, method="magnitude")
+        onnxq.prune(path, written, method="magnitude", pattern=rng.choice(PATTERNS))
         onnxq.check_zeros(written)
     if rng.random() < 0.1:
         onnxq.recommend(path, gpu="h100", workload="offline")
