@@ -9,6 +9,7 @@ import numpy as np
 from onnxq import numerics
 from onnxq.algorithms import smoothquant
 from onnxq.algorithms.clip import rounded
+from onnxq.algorithms.smoothquant import Trial
 from onnxq.calibrate.one_sided import around, centered
 from onnxq.calibrate.ranges import choose
 from onnxq.calibrate.statistics import Histogram
@@ -20,6 +21,7 @@ from onnxq.recipe import Recipe
 from onnxq.report import decibels
 
 Fit = Callable[[FloatArray], FloatArray]
+Factors = Callable[[Trial], FloatArray]
 Weights = Sequence[tuple[FloatArray, QuantScheme]]
 
 
@@ -40,71 +42,92 @@ def search_factors(
 
     if recipe.alpha is not None:
         return candidate(recipe.alpha, peaks), f"alpha {recipe.alpha:.2f} as the recipe says"
+
+    def by_peaks(alpha: float) -> Factors:
+        return lambda trial: candidate(alpha, trial.peaks)
+
+    def by_ordinary(alpha: float) -> Factors:
+        return lambda trial: candidate(alpha, _ordinary(trial))
+
     rows, counts = table.rows(name)
-    ordinary = np.abs(rows[counts > 1]).max(axis=0, initial=0)
-    candidates = {f"alpha {a:.2f}": candidate(a, peaks) for a in smoothquant.ALPHAS}
-    if ordinary.any() and recipe.mode == "static":
-        more = {
-            f"alpha {a:.2f} of ordinary rows": candidate(a, ordinary) for a in smoothquant.ALPHAS
-        }
+    trials = smoothquant.halved(rows, counts, *table.halves(name))
+    candidates = {f"alpha {a:.2f}": by_peaks(a) for a in smoothquant.ALPHAS}
+    if recipe.mode == "static" and all(_ordinary(trial).any() for trial in trials):
+        more = {f"alpha {a:.2f} of ordinary rows": by_ordinary(a) for a in smoothquant.ALPHAS}
         candidates |= more
-    quantized = input_rounding(recipe, peaks, counts)
-    found = smoothquant.search(rows, counts, weights, candidates, quantized)
+    found = smoothquant.search(trials, weights, candidates, input_rounding(recipe))
     if found.alpha is None:
         return None, f"no alpha lowers the output error of {decibels(found.before)}"
     said = f"output error {decibels(found.before)} to {decibels(found.after)}"
-    return found.s, f"{found.alpha}, {said}"
+    everything = Trial(rows, counts, peaks, rows, counts)
+    return candidates[found.alpha](everything), f"{found.alpha}, {said}"
 
 
-def input_rounding(
-    recipe: Recipe, peaks: FloatArray, counts: FloatArray
-) -> Callable[[FloatArray, FloatArray], list[FloatArray]]:
-    """What a recipe may make of rows [R, K] that were divided by s [K].
+def _ordinary(trial: Trial) -> FloatArray:
+    """max |x| of each channel over the rows that are seen and are none of the loudest [K]."""
+    return np.asarray(np.abs(trial.seen[trial.seen_counts > 1]).max(axis=0, initial=0))
 
-    Args:
-        peaks: max |x| of each channel over all data, before it was divided [K].
-        counts: how many rows each stands for [R].
-    """
+
+def input_rounding(recipe: Recipe) -> Callable[[Trial, FloatArray], list[FloatArray]]:
+    """What a recipe may make of a trial's rows divided by s [K], by what the trial has seen."""
     fmt = recipe.activation_format
     assert fmt is not None  # the recipe was checked
 
-    def dynamic(rows: FloatArray, _: FloatArray) -> list[FloatArray]:
+    def dynamic(trial: Trial, s: FloatArray) -> list[FloatArray]:
+        rows = _over(trial.X, s)
         step = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(1e-30)) / fmt.qmax
         return [np.asarray(numerics.nearest(rows / step, fmt) * step)]
 
-    def by_output(rows: FloatArray, s: FloatArray) -> list[FloatArray]:
+    def by_output(trial: Trial, s: FloatArray) -> list[FloatArray]:
         """Ranges of all rows, of the ordinary ones, and between."""
-        low, high = float(rows.min()), float(rows.max())
+        low, high = _extremes(trial, s)
         whole = max(high, -low)
-        usual = float(np.abs(rows[counts > 1]).max(initial=0)) or whole
+        ordinary = _over(trial.seen[trial.seen_counts > 1], s)
+        usual = float(np.abs(ordinary).max(initial=0)) or whole
         tops = np.array([whole, (whole * usual) ** 0.5, usual])
         tried = [(0, float(top)) for top in tops]
         if recipe.center:
             tried += around(low, high, tops, fmt.qmax)
-        return [rounded(rows, *each, fmt) for each in tried]
+        return [rounded(_over(trial.X, s), *each, fmt) for each in tried]
 
-    def static(rows: FloatArray, s: FloatArray) -> list[FloatArray]:
-        found, method = _counted(rows, counts), recipe.calibrator
+    def static(trial: Trial, s: FloatArray) -> list[FloatArray]:
+        found, method = _counted(trial, s), recipe.calibrator
         middle = centered(found, method, recipe.activations) if recipe.center else None
         if middle is not None:
             offset, reach = middle
         elif method == "max":
-            offset, reach = 0, float((peaks / s).max())
+            offset, reach = 0, float((trial.peaks / s).max())
         else:
             offset, reach = 0, choose(found, method, recipe.activations)
-        return [rounded(rows, offset, reach, fmt)]
+        return [rounded(_over(trial.X, s), offset, reach, fmt)]
 
     if recipe.mode == "dynamic":
         return dynamic
     return by_output if recipe.calibrator == "output" else static
 
 
-def _counted(rows: FloatArray, counts: FloatArray) -> Histogram:
-    """A histogram of rows, each counted as often as rows it stands for."""
-    total = Histogram()
-    for count in np.unique(counts):
+def _over(rows: FloatArray, s: FloatArray) -> FloatArray:
+    return np.asarray(rows / s, np.float32)
+
+
+def _peaks(trial: Trial, s: FloatArray) -> FloatArray:
+    """The largest value of each channel over s, with the sign it has among the rows [K]."""
+    above = trial.seen.max(axis=0) >= -trial.seen.min(axis=0)
+    return np.asarray(np.where(above, trial.peaks, -trial.peaks) / s, np.float32)
+
+
+def _extremes(trial: Trial, s: FloatArray) -> tuple[float, float]:
+    values = np.concatenate([_over(trial.seen, s).reshape(-1), _peaks(trial, s)])
+    return float(values.min()), float(values.max())
+
+
+def _counted(trial: Trial, s: FloatArray) -> Histogram:
+    """A histogram of the rows that are seen, each as often as it counts, and of the peaks."""
+    total, rows = Histogram(), _over(trial.seen, s)
+    total.update(_peaks(trial, s))
+    for count in np.unique(trial.seen_counts):
         part = Histogram()
-        part.update(rows[counts == count])
+        part.update(rows[trial.seen_counts == count])
         part.bins.counts *= max(1, round(float(count)))
         total.merge(part)
     return total

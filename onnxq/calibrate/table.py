@@ -23,7 +23,7 @@ from onnxq.calibrate.steps import StepAmax
 from onnxq.errors import OnnxqError
 from onnxq.files import refuse_unreadable, replacing
 
-_FORMAT = 1  # of the file
+_FORMAT = 2  # of the file
 S = TypeVar("S", bound=Statistic)
 
 
@@ -183,6 +183,14 @@ class CalibrationTable:
             OnnxqError: it was not calibrated for them, or never held a value.
         """
         return self._one(tensor, Rows, "a choice of the rows").sample
+
+    def halves(self, tensor: str) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        """Which half of the data each of `rows` is of [n], and max |x| of each [2, channels].
+
+        Raises:
+            OnnxqError: as of `rows`.
+        """
+        return self._one(tensor, Rows, "a choice of the rows").halves
 
     def _one(self, tensor: str, kind: type[S], what: str) -> S:
         for statistic in self.of(tensor).values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxq.algorithms.smoothquant import factors, search
+from onnxq.algorithms.smoothquant import Trial, factors, halved, search
 from onnxq.formats import PerChannel, QuantScheme, quant_format
 
 INT8 = QuantScheme(quant_format("int8"), PerChannel(1), "float32")
@@ -47,15 +47,21 @@ def test_tied_channels_share_the_largest() -> None:
     assert tied[5] / tied[0] == pytest.approx(alone[5] / alone[0])
 
 
-def _read(X: np.ndarray, s: np.ndarray) -> list[np.ndarray]:
+def _read(trial: Trial, s: np.ndarray) -> list[np.ndarray]:
     """In two ways, of which the second is of no use."""
-    return [_int8(X, s), 0 * X]
+    return [_int8(trial.X / s, s), 0 * trial.X]
+
+
+def _whole(X: np.ndarray, counts: np.ndarray) -> list[Trial]:
+    """Rows that are judged by themselves."""
+    return [Trial(X, counts, np.abs(X).max(0), X, counts)]
 
 
 def test_a_loud_channel_is_smoothed_and_the_error_is_as_told() -> None:
     X, V, W = _case()
     candidates = {str(a): factors(np.abs(X).max(0), [V, W], a) for a in (0.3, 0.5, 0.7)}
-    found = search(X, np.ones(200), [(V, INT8), (W, INT8)], candidates, _read)
+    made = {name: (lambda trial, s=s: s) for name, s in candidates.items()}
+    found = search(_whole(X, np.ones(200)), [(V, INT8), (W, INT8)], made, _read)
 
     def error(s: np.ndarray) -> float:
         exact = X.astype(np.float64) @ np.hstack([V, W])
@@ -74,8 +80,9 @@ def test_a_loud_channel_is_smoothed_and_the_error_is_as_told() -> None:
 
 def test_rows_count_as_often_as_they_stand_for() -> None:
     X, V, _ = _case()
-    twice = search(np.vstack([X, X[:50]]), np.ones(250), [(V, INT8)], {}, _read)
-    counted = search(X, np.where(np.arange(200) < 50, 2.0, 1.0), [(V, INT8)], {}, _read)
+    twice = search(_whole(np.vstack([X, X[:50]]), np.ones(250)), [(V, INT8)], {}, _read)
+    counts = np.where(np.arange(200) < 50, 2.0, 1.0)
+    counted = search(_whole(X, counts), [(V, INT8)], {}, _read)
     assert counted.before == pytest.approx(twice.before, rel=1e-6)
 
 
@@ -83,5 +90,29 @@ def test_nothing_is_done_where_nothing_helps() -> None:
     """Inputs and weights that are even already, and factors that would make them uneven."""
     X, V = np.sign(_case()[0]), np.sign(_case()[1])
     uneven = np.where(np.arange(32) % 2, 30.0, 1.0)
-    found = search(X, np.ones(200), [(V, INT8)], {"0.5": uneven}, _read)
-    assert found.alpha is None and (found.s == 1).all() and found.before == found.after
+    trials = _whole(X, np.ones(200))
+    found = search(trials, [(V, INT8)], {"0.5": lambda trial: uneven}, _read)
+    assert found.alpha is None and found.before == found.after
+
+
+def test_halves_are_judged_by_each_other() -> None:
+    """The error of two halves is that of both together, each read as the other shows."""
+    X, V, _ = _case()
+    X = np.where(np.arange(200)[:, None] % 3 == 0, 4 * X, X)
+    sides, counts = np.arange(200) % 3 == 0, np.arange(200) % 5 + 1.0
+    peaks = np.array([np.abs(X[sides == side]).max(0) for side in (False, True)])
+    trials = halved(X, counts, sides, peaks)
+
+    def clipped(trial: Trial, s: np.ndarray) -> list[np.ndarray]:
+        assert (np.abs(trial.seen).max(0) <= trial.peaks).all()
+        step = (trial.peaks / s).max() / 127
+        return [np.clip(np.rint(trial.X / s / step), -127, 127) * step]
+
+    found = search(trials, [(V, INT8)], {}, clipped)
+    step = np.where(sides, *peaks.max(1))[:, None] / 127
+    read = np.clip(np.rint(X / step), -127, 127) * step
+    exact, each = X @ V, np.abs(V).max(0) / 127
+    share = (((read @ (np.rint(V / each) * each)) - exact) ** 2).sum(1) / (exact**2).sum(1)
+    assert found.before == pytest.approx(np.sqrt(np.average(share**2, weights=counts)), rel=1e-3)
+    (alone,) = halved(X, counts, np.zeros(200, bool), peaks)
+    assert (alone.peaks == np.abs(X).max(0)).all() and len(alone.X) == 200

@@ -53,14 +53,35 @@ def test_the_order_and_the_split_of_the_data_do_not_matter() -> None:
     np.testing.assert_array_equal(others, counts)
 
 
+def test_halves_keep_their_peaks_whatever_the_order() -> None:
+    """Each row is of the half that it is of alone."""
+    whole = _fed(ROWS)
+    sides, peaks = whole.halves
+    assert 80 < sides.sum() < 176  # of 256: 4 standard deviations of 8 and more
+    alone = np.array([_fed(row[None]).halves[0][0] for row in ROWS])
+    for side in (False, True):
+        np.testing.assert_array_equal(peaks[int(side)], np.abs(ROWS[alone == side]).max(0))
+    for row, side in zip(whole.sample[0][::32], sides[::32], strict=True):
+        assert _fed(row[None]).halves[0][0] == side
+    pieces = [_fed(ROWS[3000:], ROWS[1000:3000]), _fed(ROWS[:1000])]
+    pieces[0].merge(pieces[1])
+    for found in (pieces[0].halves, whole.divided(np.ones(8)).halves):
+        for one, other in zip(found, (sides, peaks), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     table = CalibrationTable("f", {"x": {"rows": _fed(ROWS)}, "y": make("rows")}, ())
     table.save(tmp_path / "t.npz")
     loaded = load_table(tmp_path / "t.npz")
     for one, other in zip(table.rows("x"), loaded.rows("x"), strict=True):
         np.testing.assert_array_equal(one, other)
+    for one, other in zip(table.halves("x"), loaded.halves("x"), strict=True):
+        np.testing.assert_array_equal(one, other)
     with pytest.raises(OnnxqError, match="empty throughout"):
         loaded.rows("y")
+    with pytest.raises(OnnxqError, match="empty throughout"):
+        loaded.halves("y")
     with pytest.raises(OnnxqError, match="nothing on 'z'"):
         loaded.rows("z")
 
@@ -68,6 +89,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_divided_rows_are_those_of_the_divided_data() -> None:
     s = np.array([2.0, 4, 0.5, 1, 8, 1, 2, 1])
     kept, _ = _fed(ROWS).divided(s).sample
+    peaks = _fed(ROWS).divided(s).halves[1]
+    np.testing.assert_array_equal(peaks, _fed(ROWS).halves[1] / s.astype(np.float32))
     np.testing.assert_array_equal(kept, _fed(ROWS).sample[0] / s.astype(np.float32))
 
 
