@@ -58,6 +58,9 @@ GENSIM = Package(
 LM_EVAL = Package(
     "lm-eval", "0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a"
 )
+SCIKIT_LEARN = Package(
+    "scikit-learn", "1.9.1", "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df"
+)
 
 # Only data is read, so one wheel serves every machine, whatever Python and platform it has.
 _WHEEL_FOR = ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64")

@@ -49,6 +49,7 @@ _FOREIGN: dict[np.dtype[Any], int] = {
 }
 _QUIET = 4  # ONNX Runtime's severity FATAL: what fails is raised, and onnxq says it in one line
 _NO_QDQ_FUSION = "session.disable_quant_qdq"
+_NO_KERNEL = ("type error", "could not find an implementation", "failed to find kernel")
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,10 @@ def _load(ort: Any, model: Path | bytes, options: Any, providers: list[Any]) -> 
 
 
 def _is_qdq_fusion(error: Exception) -> bool:
-    """Whether loading failed because a Q/DQ fusion met 8-bit floats (MatMulIntegerToFloat ...)."""
+    """Whether loading failed because a Q/DQ fusion met 8-bit floats (MatMulIntegerToFloat, an
+    Unsqueeze that DequantizeLinear was moved behind, ...)."""
     text = str(error).lower()
-    return "float8" in text and ("type error" in text or "could not find an implementation" in text)
+    return "float8" in text and any(reason in text for reason in _NO_KERNEL)
 
 
 def _load_error(model: Path | bytes, error: Exception) -> OnnxqError:

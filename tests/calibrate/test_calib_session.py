@@ -103,6 +103,21 @@ def test_fp8_layers_that_onnx_runtime_fuses_wrongly_still_load_and_it_is_said() 
     assert found.tolist() == [[4.0] * 4]
 
 
+def test_an_fp8_layer_that_is_only_moved_loads_too() -> None:
+    """ONNX Runtime moves DequantizeLinear behind Unsqueeze, which has no kernel for FP8."""
+    proto = fp8_product()
+    proto.graph.node[-1].CopyFrom(helper.make_node("Unsqueeze", ["d", "axis"], ["e"]))
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [2])
+    proto.graph.initializer.append(axis)
+    proto.graph.node.append(helper.make_node("QuantizeLinear", ["e", "s", "z"], ["p"]))
+    proto.graph.node.append(helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"]))
+    del proto.graph.node[2]
+    session = open_session(proto.SerializeToString())
+    assert "session.disable_quant_qdq=1" in session.notes[0]
+    (found,) = session.run(None, {"x": np.full((1, 4), 3, np.float32)})
+    assert found.tolist() == [[[3.0]] * 4]
+
+
 def test_fp8_layers_that_load_by_themselves_get_no_option() -> None:
     assert open_session(fp8_product(TensorProto.FLOAT16).SerializeToString()).notes == ()
 
