@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "questions.csv").write_text(
         "Which is a colour?,Seven,Green,Quickly,Under,B\nWhat is 2 + 2?,Three,Five,Four,One,C\n"
     )
+    (found / "unet").symlink_to((models / "sdxl-unet-tiny-fp16").resolve(strict=True))
+    captured = np.load(found / "unet/calib.npz")
+    (found / "captures").mkdir()
+    for row in range(0, 4, 2):  # a pipeline's calls: two rows each, of which guidance's is first
+        call = {name: captured[name][row : row + 2] for name in captured.files}
+        np.savez(found / f"captures/{row:04}-0000.npz", **call)
     return found
 
 
