@@ -257,12 +257,17 @@ def largest(operand: ConstantOperand, index: NDArray[np.int64], size: int) -> Fa
         float64 [size]; 0 for channels that no value has.
     """
     shape = np.broadcast_shapes(operand.shape, index.shape)
-    magnitude = np.abs(np.broadcast_to(operand.load(), shape))
+    values = np.broadcast_to(operand.load(), shape)
+    # Without its sign bit, a 16-bit number is the larger the larger the integer of its bits.
+    half = values.dtype.itemsize == 2
+    magnitude = np.bitwise_and(values.view(np.uint16), 0x7FFF) if half else np.abs(values)
     index = index.reshape(_padded(index.shape, len(shape)))
     constant_axes = tuple(i for i, d in enumerate(index.shape) if d == 1)
     peaks = (
         magnitude.max(axis=constant_axes, keepdims=True, initial=0) if constant_axes else magnitude
     )
+    if half:
+        peaks = peaks.view(values.dtype)
     out = np.zeros(size + 1)
     np.maximum.at(out, index.reshape(-1), peaks.astype(np.float64).reshape(-1))
     return out[:size]

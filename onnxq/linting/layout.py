@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from onnxq.graph.ir import Constant, Node, Tensor
-from onnxq.graph.qdq import MOVING, factor
+from onnxq.graph.ir import Tensor
+from onnxq.graph.qdq import MOVING
 from onnxq.graph.query import producer
 from onnxq.linting.finding import Found, Rule, Severity
 from onnxq.linting.fusing import in_fp16
@@ -73,44 +73,7 @@ def is_packed(subject: Subject, product: Product) -> bool:
     if weight is None or weight.source is None or not weight.reaches:
         return False
     source = weight.source
-    return id(product.node) in _cut(subject) and not (source.per_tensor or source.blocked)
-
-
-def _cut(subject: Subject) -> frozenset[int]:
-    """Ids of the products from which q, k and v of one attention are cut."""
-    found = set()
-    for attention in subject.attentions:
-        tensors = (*attention.scores.inputs[:2], attention.values.inputs[1])
-        parts = [_cut_from(t) for t in tensors]
-        sources = {id(product) for product, _ in parts}
-        if len(sources) == 1 and len({id(cut) for _, cut in parts if cut is not None}) == 3:
-            found |= sources
-    return frozenset(found)
-
-
-def _cut_from(tensor: Tensor) -> tuple[Node | None, Tensor | None]:
-    """The MatMul that a tensor is a part of, moved, scaled, with a bias at most; and the part.
-
-    Behind a second bias the compiler leaves the weight whole.
-    """
-    node, cut, biases = producer(tensor), None, 0
-    for _ in range(_LONGEST):
-        if node is None:
-            break
-        if node.op in ("MatMul", "Gemm"):
-            return node, cut
-        if node.op in MOVING:
-            cut = tensor if node.op in ("Slice", "Gather", "Split") else cut
-            tensor = node.inputs[0]
-        elif node.op in ("Mul", "Div") and factor(node) is not None:
-            tensor = next(t for t in node.inputs if not isinstance(t, Constant))
-        elif node.op == "Add" and not biases and any(isinstance(t, Constant) for t in node.inputs):
-            biases += 1
-            tensor = next((t for t in node.inputs if not isinstance(t, Constant)), tensor)
-        else:
-            break
-        node = producer(tensor)
-    return None, None
+    return id(product.node) in subject.cut and not (source.per_tensor or source.blocked)
 
 
 RULES = (

@@ -12,7 +12,10 @@ from onnxq.graph.elements import Elements, element_types
 from onnxq.graph.ir import Constant, Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.qdq import MOVING, Operand, Quantizer, built_in, factor, operand, quantizer
+from onnxq.graph.query import producer
 
+_LONGEST = 12
+"""Nodes to walk back from an attention's operand."""
 _KINDS = {
     "MatMul": "linear",
     "Gemm": "linear",
@@ -134,6 +137,18 @@ class Subject:
         return frozenset(id(n) for a in self.attentions for n in (a.scores, a.values))
 
     @cached_property
+    def cut(self) -> frozenset[int]:
+        """Ids of the products that q, k and v of one attention are cut from."""
+        found = set()
+        for attention in self.attentions:
+            tensors = (*attention.scores.inputs[:2], attention.values.inputs[1])
+            parts = [_cut_from(t) for t in tensors]
+            sources = {id(product) for product, _ in parts}
+            if len(sources) == 1 and len({id(cut) for _, cut in parts if cut is not None}) == 3:
+                found |= sources
+        return frozenset(found)
+
+    @cached_property
     def products(self) -> tuple[Product, ...]:
         """Every product of two tensors, quantized or not."""
         return tuple(self._products())
@@ -172,3 +187,28 @@ def is_meant(operand: Operand) -> bool:
 
 def _by_constant(node: Node) -> bool:
     return factor(node) is not None or any(isinstance(t, Constant) for t in node.inputs)
+
+
+def _cut_from(tensor: Tensor) -> tuple[Node | None, Tensor | None]:
+    """The MatMul that a tensor is a part of, moved, scaled, with a bias at most; and the part.
+
+    Behind a second bias the compiler leaves the weight whole.
+    """
+    node, cut, biases = producer(tensor), None, 0
+    for _ in range(_LONGEST):
+        if node is None:
+            break
+        if node.op in ("MatMul", "Gemm"):
+            return node, cut
+        if node.op in MOVING:
+            cut = tensor if node.op in ("Slice", "Gather", "Split") else cut
+            tensor = node.inputs[0]
+        elif node.op in ("Mul", "Div") and factor(node) is not None:
+            tensor = next(t for t in node.inputs if not isinstance(t, Constant))
+        elif node.op == "Add" and not biases and any(isinstance(t, Constant) for t in node.inputs):
+            biases += 1
+            tensor = next((t for t in node.inputs if not isinstance(t, Constant)), tensor)
+        else:
+            break
+        node = producer(tensor)
+    return None, None
