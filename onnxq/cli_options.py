@@ -1,0 +1,130 @@
+"""What the verbs of the command line share: options, and how each ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxq.gpus import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from onnxq.results import Result
+    from onnxq.samples import Data
+
+Command = Callable[..., Any]
+
+
+class Output(click.Path):
+    """A file to write: what cannot be written is said before the work, not behind it."""
+
+    def convert(self, *given: Any) -> Any:
+        from onnxq.files import refuse_unwritable
+
+        path: Any = super().convert(*given)
+        refuse_unwritable(path)
+        return path
+
+
+def data_options(flag: str, what: str) -> Callable[[Command], Command]:
+    """The ways to give samples, the same on every verb that takes them."""
+    options = [
+        click.option(
+            flag,
+            "data_path",
+            metavar="PATH",
+            help=f"{what}: npz, folder of npy or npz, Polygraphy JSON, or a loader script.",
+        ),
+        click.option("--text", type=click.Path(path_type=Path), help="Text for a language model."),
+        click.option("--tokenizer", type=click.Path(path_type=Path), help="Its tokenizer.json."),
+        click.option("--seq-len", type=click.IntRange(2), help="Tokens a window.  [default: 512]"),
+        click.option(
+            "--samples",
+            type=click.IntRange(1),
+            help="How many windows of text, or random samples.  [default: 64, 8]",
+        ),
+        click.option(
+            "--random-calib" if flag == "--calib" else "--random-data",
+            "random",
+            is_flag=False,
+            flag_value=0,
+            type=int,
+            metavar="[SEED]",
+            help="Random data instead: for trying things out, not for accuracy.",
+        ),
+        click.option("--batch", type=click.IntRange(1), help="Rows fed at a time.  [default: 1]"),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where ONNX Runtime runs.",
+        ),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given_data(options: dict[str, Any]) -> Data:
+    from onnxq.samples import Data
+
+    given = ("text", "tokenizer", "seq_len", "samples", "random", "batch")
+    return Data(path=options.pop("data_path"), **{name: options.pop(name) for name in given})
+
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+TARGET = click.option(
+    "--target", default=DEFAULT_TARGET, show_default=True, metavar="SM", help="Compute capability."
+)
+REPORT = click.option("--report", type=Output(path_type=Path), help="Write the report as JSON.")
+RECIPE = click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="A preset (`onnxq recipes` lists them) or a YAML file.  "
+    "[default: fp8/int8 with data, else their dynamic forms]",
+)
+CHANGES = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Another value of a field of the recipe, such as block_size=32 or activations=fp8.",
+)
+RULES = click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="RULE",
+    help="Override: 'leave|quantize node=|weight=|module=|op=PATTERN'; * and ? are wildcards.",
+)
+MEMORY = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What calibration may take, such as 8GB: a larger model runs in segments.",
+)
+
+
+def say(line: str, err: bool = False) -> None:
+    """Print a line; what a name in the model holds must not move the terminal's cursor."""
+    from onnxq.terminal import printable
+
+    click.echo(printable(line), err=err)
+
+
+def finish(progress: Any, result: Result, lines: list[str], report: Path | None) -> None:
+    """Print, save the report, and exit with 1 if a check failed."""
+    progress.close()
+    for line in lines:
+        say(line)
+    if report is not None:
+        result.save(report)
+    if not result.passed:
+        sys.exit(1)
