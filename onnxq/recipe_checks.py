@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxq.algorithms import KINDS, STEPS
@@ -118,14 +118,23 @@ def _check_steps(recipe: Recipe, where: str) -> None:
     for i in range(1, len(kinds)):
         if order.index(kinds[i - 1]) >= order.index(kinds[i]):
             pair = f"{recipe.steps[i]} after {recipe.steps[i - 1]}"
-            why = "two of a kind" if kinds[i - 1] == kinds[i] else KINDS[kinds[i]]
+            why = "both do the same" if kinds[i - 1] == kinds[i] else KINDS[kinds[i]]
             raise OnnxqError(
-                f"{where}: the steps {', '.join(recipe.steps)} make no sense in this order: {pair}",
-                f"{why}; a step of each kind at most, {', then '.join(KINDS)}",
+                f"{where}: the steps {', '.join(recipe.steps)} make no sense in this order: "
+                f"{pair}: {why}",
+                f"write steps: [{', '.join(_in_order(recipe.steps))}]",
             )
     _check_zeros(recipe, where, dict(zip(kinds, recipe.steps, strict=True)))
     if "smoothquant" in recipe.steps:
         _check_smoothing(recipe, where)
+
+
+def _in_order(steps: Sequence[str]) -> list[str]:
+    """The steps as they make sense; of those that do the same, the first."""
+    found: dict[str, str] = {}
+    for name in steps:
+        found.setdefault(STEPS[name][0], name)
+    return [found[kind] for kind in KINDS if kind in found]
 
 
 def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None:
@@ -144,7 +153,8 @@ def _check_zeros(recipe: Recipe, where: str, by_kind: Mapping[str, str]) -> None
         wrong, hint = "it neither quantizes nor prunes", "set weights, or sparsity"
     elif not recipe.quantizes and (left := by_kind.keys() & {"scale", "round", "refine"}):
         names = ", ".join(by_kind[kind] for kind in KINDS if kind in left)
-        wrong, hint = f"{names}, and weights that are not rounded", "leave out what rounds"
+        wrong = f"{names}, and weights that are not rounded"
+        hint = f"leave out {names}, or set weights to a format, such as fp8"
     if wrong:
         raise OnnxqError(f"{where}: {wrong}", hint)
 

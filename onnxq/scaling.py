@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxq import numerics
-from onnxq.algorithms.search import search_ranges, search_scales
+from onnxq.algorithms.search import search_ranges, search_scales, within
 from onnxq.formats import QuantScheme
 from onnxq.rounding import Array, without_scales
 from onnxq.sites import Site
@@ -13,7 +13,10 @@ def scales_of(site: Site, values: Array, scheme: QuantScheme) -> tuple[Array, Ar
     """The scales that the largest values ask for, and the zero points of asymmetric formats."""
     try:
         if scheme.format.symmetric:
-            return numerics.scales_for(numerics.peaks(values, scheme.granularity), scheme), None
+            peak = numerics.peaks(values, scheme.granularity)
+            if scheme.format.two_level:  # whose unit was chosen before a step moved the weights
+                peak = within(peak, scheme)
+            return numerics.scales_for(peak, scheme), None
         return numerics.scales_and_zeros(*numerics.extremes(values, scheme.granularity), scheme)
     except numerics.ScaleRangeError as error:
         raise without_scales(site, error) from None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import numerics
+from onnxq.algorithms import STEPS
 from onnxq.algorithms.descent import descend
 from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
@@ -40,6 +41,9 @@ from onnxq.sparsity import Pattern
 from onnxq.store import Store
 from onnxq.threads import Once, in_order
 from onnxq.unfinished import Unfinished
+
+_ROOM = 2.0
+"""How many times the largest weight fits the scales of two levels where steps move weights."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Solver:
             self._unpruned[id(site.node)] = Edit("sparsify", "leave", site.name, obstacle)
         if scheme.format.two_level:
             largest = float(np.abs(W).max(initial=0))
+            if {"sparsify", "target"} & {STEPS[name][0] for name in self.steps}:
+                largest *= _ROOM
             inner = inner.with_unit(numerics.tensor_unit(largest, scheme.format))
 
         def read(arrays: Mapping[str, Array]) -> _Solution:

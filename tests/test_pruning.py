@@ -244,6 +244,33 @@ def test_a_recipe_prunes_and_rounds(name: str, tmp_path: Path) -> None:
     assert _snr(source, made.files[0], x) > _snr(source, tmp_path / "plain.onnx", x) + 0.3
 
 
+@pytest.mark.parametrize("step", ["sparsegpt", "sequential"])
+def test_steps_may_make_weights_larger_than_the_scales_of_two_levels_were_meant_for(
+    step: str, tmp_path: Path
+) -> None:
+    """One output of two nearly equal inputs, of which 1:2 leaves one, and four times as large."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.standard_normal((64, 8, 16)).astype(np.float32), 4, axis=2)
+    x += 0.01 * rng.standard_normal(x.shape).astype(np.float32)
+    net = Net()
+    h = net.input("x", ["batch", 8, 64])
+    for name in ("a", "b"):
+        weight = (
+            np.ones((64, 64), np.float32) + rng.standard_normal((64, 64)).astype(np.float32) / 9
+        )
+        h = net.op("MatMul", h, net.const(name, weight), name=f"/{name}")
+    net.output(h)
+    source = net.save(tmp_path / "net.onnx")
+    np.savez(tmp_path / "d.npz", x=x)
+    recipe = replace(load("nvfp4"), steps=("sparsegpt", "search", "gptq"), sparsity="1:4")
+    if step == "sequential":
+        recipe = replace(recipe, steps=("sequential", *recipe.steps))
+    made = onnxq.quantize(
+        source, tmp_path / "m.onnx", recipe=recipe, calib=tmp_path / "d.npz", target="sm120"
+    )
+    assert onnxq.check_zeros(made.files[0]).passed
+
+
 def test_zeros_and_codes_chosen_in_one_sweep(tmp_path: Path) -> None:
     """`sparsegpt` and `gptq` next to each other: less error than the same zeros, then rounding."""
     source, (calib, x) = _linear(tmp_path), _data(tmp_path)
@@ -379,7 +406,11 @@ def test_what_makes_no_sense_is_refused(content: dict[str, Any], message: str) -
 def test_an_order_that_makes_no_sense_is_refused_with_the_reason() -> None:
     with pytest.raises(OnnxqError) as caught:
         from_dict({"sparsity": "2:4", "steps": ["gptq", "sparsegpt"]}, "x.yaml")
-    assert "zeros put in later undo what was chosen" in caught.value.hint
+    assert "zeros put in later undo what was chosen" in caught.value.message
+    assert caught.value.hint == "write steps: [sparsegpt, gptq]"
+    with pytest.raises(OnnxqError) as caught:
+        from_dict({"steps": ["gptq", "awq", "search", "smoothquant", "gptq"]}, "x.yaml")
+    assert caught.value.hint == "write steps: [awq, search, gptq]"
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,10 @@ def search_scales(W: Matrix, h: Matrix, peak: Matrix, scheme: QuantScheme) -> Ma
         h: diag(H) [K], or of each column's own inputs [K, N]; ones give plain least squares.
         peak: largest magnitude under each scale.
     """
-    best = numerics.scales_for(peak, scheme)
+    best = numerics.scales_for(within(peak, scheme), scheme)
     least = _errors(W, h, best, scheme)
     for factor in factors(scheme.format):
-        scale = numerics.scales_for(_within(peak * factor, scheme), scheme)
+        scale = numerics.scales_for(within(peak * factor, scheme), scheme)
         error = _errors(W, h, scale, scheme)
         better = error < least
         least = np.where(better, error, least)
@@ -70,7 +70,7 @@ def search_ranges(
     return best, zero
 
 
-def _within(peak: Matrix, scheme: QuantScheme) -> Matrix:
+def within(peak: Matrix, scheme: QuantScheme) -> Matrix:
     """Cut at what the largest scale of the type serves."""
     info = ml_dtypes.finfo(dtype_named(scheme.scale_type))  # type: ignore[no-untyped-call]
     largest = float(info.max)
