@@ -23,10 +23,10 @@ import numpy as np
 from onnxq import numerics
 from onnxq.algorithms import STEPS
 from onnxq.algorithms.descent import descend
-from onnxq.algorithms.gptq import DAMP
 from onnxq.algorithms.hessian import damped, output_errors
+from onnxq.algorithms.scales import fit_scales
 from onnxq.algorithms.sparsegpt import sparsegpt_rounded
-from onnxq.drafts import Drafts, by_part
+from onnxq.drafts import DAMP, Drafts, by_part
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
@@ -245,6 +245,9 @@ class Solver:
             H = damped(m.rounded, DAMP)
             return descend(grid, W, step, H, fmt, keep=keep, zero=middle)
 
+        def fitted(m: Moments, grid: Array, W: Array, scale: Array) -> Array:
+            return fit_scales(grid, W, scale, damped(m.rounded, DAMP), scheme)
+
         for name in self.steps:
             wide = np.broadcast_to(step, W.shape)
             offset = None if middle is None else np.broadcast_to(middle, W.shape)
@@ -257,6 +260,11 @@ class Solver:
             elif name == "gptq":
                 (grid,) = by_part(swept, parts, draft.values, wide, keep, offset)
             elif name == "descent":
+                (grid,) = by_part(descended, parts, grid, draft.target, wide, keep, offset)
+            elif name == "scales" and scale.ndim:
+                (scale,) = by_part(fitted, parts, grid, draft.target, scale)
+                step, middle = spread(scale, zero, scheme, W.shape)
+                wide = np.broadcast_to(step, W.shape)
                 (grid,) = by_part(descended, parts, grid, draft.target, wide, keep, offset)
             else:
                 continue  # it has been done, before

@@ -70,6 +70,16 @@ def test_held_out_error_falls(name: str, gain: float, tmp_path: Path) -> None:
     assert _error(tmp_path, source, name, *STEPS, x=x) >= plain + gain
 
 
+@pytest.mark.parametrize(
+    ("name", "gain"), [("int4-rtn", 0.2), ("uint4-rtn", 0.15), ("fp8-weight-only", 0.15)]
+)
+def test_scales_fitted_to_their_codes_gain_more(name: str, gain: float, tmp_path: Path) -> None:
+    """Held out, behind the descent: of codes that gain no more by themselves."""
+    source, (_, x) = _linear(tmp_path), _data(tmp_path, 32, seed=2)
+    before = _error(tmp_path, source, name, *STEPS, "descent", x=x)
+    assert _error(tmp_path, source, name, *STEPS, "descent", "scales", x=x) >= before + gain
+
+
 def test_going_layer_by_layer_makes_up_for_the_layers_before(tmp_path: Path) -> None:
     """Behind a layer in INT4, held out: the second layer's share of the error at least is less."""
     source, (_, x) = _linear(tmp_path), _data(tmp_path, 32, seed=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["rescale", "target", "sparsify", "refit", "scale", "round", "refine"]
+Kind = Literal["rescale", "target", "sparsify", "refit", "scale", "round", "refine", "settle"]
 
 KINDS: dict[Kind, str] = {
     "rescale": "it changes the weights and the inputs that all other steps look at",
@@ -17,10 +17,12 @@ KINDS: dict[Kind, str] = {
     "refit": "it moves the weights, which then no longer fit their scales and codes",
     "scale": "codes mean nothing under other scales",
     "round": "it starts anew, whatever was refined",
-    "refine": "",
+    "refine": "the scales were fitted to codes that it changes",
+    "settle": "",
 }
 """In the order that makes sense: the layers themselves, what to come near to, zeros, the weights
-left beside them, scales, values under them, those values again. And why none can come later."""
+left beside them, scales, values under them, those values again, then both. And why none can come
+later."""
 
 STEPS: dict[str, tuple[Kind, str]] = {
     "smoothquant": ("rescale", "loud channels of inputs made quieter, and their weights larger"),
@@ -33,6 +35,7 @@ STEPS: dict[str, tuple[Kind, str]] = {
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),
     "descent": ("refine", "every code looked at again, given all the others"),
+    "scales": ("settle", "scales by least squares under their codes, and the codes again"),
 }
 """Name -> kind and what it does."""
 
