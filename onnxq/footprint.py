@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from onnxq.calibrate.steps import INPUTS
 from onnxq.formats import Granularity, PerBlock, PerTensor, dtype_named
 from onnxq.graph.cache import cache_values, generates
 from onnxq.graph.ir import Node
@@ -29,10 +30,12 @@ class Kind:
     Attributes:
         generates: it makes text token by token.
         convolutional: more convolutions than linear layers multiply in it.
+        diffuses: a UNet with attention that is told the denoising step.
     """
 
     generates: bool = True
     convolutional: bool = False
+    diffuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ class Footprint:
 def kind(model: Model) -> Kind:
     """What the model does."""
     kinds = [site.kind for site in find_sites(model)]
-    return Kind(generates(model), kinds.count("conv") > kinds.count("linear"))
+    told = any(spec.name in INPUTS for spec in model.inputs())
+    return Kind(
+        generates(model),
+        kinds.count("conv") > kinds.count("linear"),
+        told and {"conv", "attention"} <= set(kinds),
+    )
 
 
 def footprint(model: Model, placement: Placement) -> Footprint:

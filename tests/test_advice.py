@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -169,7 +170,38 @@ def test_a_cache_of_unknown_size_is_said() -> None:
 
 def test_every_scheme_has_a_recipe_today() -> None:
     schemes = [found for found in vars(advice_module).values() if isinstance(found, Scheme)]
-    assert len(schemes) == 6
+    assert len(schemes) == 8
     for scheme in schemes:
         assert set(scheme.recipes) & presets().keys(), scheme.name
-    assert NVFP4.wider in presets()
+    assert set(NVFP4.wider) <= presets().keys()
+
+
+def test_what_is_left_to_do_where_too_much_is_lost() -> None:
+    """Static INT8 of a language model first loses by its activations' constant scales."""
+    known = set(presets())
+    for use, said in (
+        (Use(gpu("a100"), "offline"), "int8-smoothquant-dynamic, int8-weight-only or the worst"),
+        (Use(gpu("h100"), "offline"), "fp8-weight-only or the worst layers left with --keep-flops"),
+        (Use(gpu("a100"), "online"), "int8-weight-only or single layers left with --rule"),
+    ):
+        (note,) = [n for n in advise(use, known).notes if n.startswith("where it loses")]
+        assert note.startswith(f"where it loses too much: {said}")
+
+
+@pytest.mark.parametrize(("card", "name"), [("a100", "int8"), ("l40s", "fp8"), ("b200", "fp8")])
+def test_convolutions_keep_calibrated_scales_where_accuracy_is_tight(card: str, name: str) -> None:
+    found = ask(card, "offline", Kind(generates=False, convolutional=True), budget=0.005)
+    assert found.recipe == name
+    said = dict(found.reasons)["accuracy"]
+    assert "with care" not in said and "Llama" not in said and said.endswith("measure it")
+
+
+def test_a_diffusion_unet_gets_its_own_recipes(models: Path) -> None:
+    source = models / "sdxl-unet-tiny-fp16" / "model.onnx"
+    for card, name in (("a100", "sdxl-int8"), ("l40s", "sdxl-fp8"), ("b200", "sdxl-fp8")):
+        found = recommend(source, gpu=card, workload="offline")
+        assert found.advice is not None and found.advice.recipe == name
+        assert any("--set level=2" in note for note in found.report.notes)
+    for other in ("minilm", "ppocr_rec"):
+        found = recommend(models / other / "model.onnx", gpu="l40s", workload="offline")
+        assert found.advice is not None and found.advice.recipe == "fp8"
