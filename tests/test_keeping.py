@@ -15,6 +15,8 @@ from core_graphs import Net, recipe, run, snr
 
 import onnxq
 from onnxq import record
+from onnxq.calibrate.session import InputSpec, Session
+from onnxq.calibrate.trials import beginning
 from onnxq.cli import main
 from onnxq.errors import OnnxqError
 from onnxq.graph.model import Model
@@ -224,3 +226,53 @@ def test_where_it_cannot_be_measured_it_is_refused(tmp_path: Path) -> None:
     onnxq.quantize(source, tmp_path / "m.onnx", recipe="int8", calib=calib, save_calib=table)
     with pytest.raises(OnnxqError, match="a calibration table is not enough"):
         onnxq.quantize(source, recipe=replace(recipe("int8"), keep_worst=1), load_calib=[table])
+
+
+def test_a_long_text_is_ranked_by_its_beginning() -> None:
+    """32 MB of outputs are what is looked at; images and caches are taken whole."""
+    tokens = np.arange(512, dtype=np.int64).reshape(1, 512)
+    text = tuple(InputSpec(n, tokens.dtype, ("batch", "length")) for n in ("ids", "mask"))
+    feed = {"ids": tokens, "mask": tokens + 1}
+    short = beginning(text, feed, 0.25)
+    np.testing.assert_array_equal(short["ids"], tokens[:, :128])
+    np.testing.assert_array_equal(short["mask"], tokens[:, :128] + 1)
+    assert beginning(text, feed, 0.01)["ids"].shape == (1, 64)
+    for dims in ((1, 512), ("batch", 512), ("batch", None), ("batch",)):
+        assert beginning((InputSpec("ids", tokens.dtype, dims),), {"ids": tokens}, 0.25)[
+            "ids"
+        ].shape == (1, 512)
+    cached = (*text, InputSpec("past", np.dtype(np.float32), ("batch", 3, "past", 64)))
+    past = {"past": np.zeros((1, 3, 0, 64), np.float32)}
+    assert beginning(cached, feed | past, 0.25)["ids"].shape == (1, 512)
+
+
+def test_where_outputs_are_large_fewer_tokens_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight tokens' outputs fit, and the layer that costs most is still found."""
+    source, _ = _net(tmp_path)
+    model = onnx.load(source)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "length"
+    for value in (*model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.shape.dim[1].dim_param = "any"
+    onnx.save(model, source)
+    monkeypatch.setattr("onnxq.calibrate.trials._OUTPUT_BYTES", 2 * 32 * 4)
+    monkeypatch.setattr("onnxq.calibrate.trials._LEAST_LENGTH", 1)
+    lengths: list[int] = []
+    real = Session.run
+
+    def run_(self: Session, names: Any, feed: Any) -> Any:
+        if "onnxq_switches" in feed:
+            lengths.append(feed["x"].shape[1])
+        return real(self, names, feed)
+
+    monkeypatch.setattr(Session, "run", run_)
+    done = onnxq.quantize(
+        source,
+        tmp_path / "m.onnx",
+        recipe=replace(load("int8"), keep_worst=1),
+        calib=tmp_path / "calib.npz",
+        precision="keep",
+    )
+    assert set(lengths) == {2}
+    assert done.report.facts["kept"]["layers"] == ["/b"]

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.calibrate.data import Feed, Samples
-from onnxq.calibrate.session import Device, open_session
+from onnxq.calibrate.session import Device, InputSpec, open_session
 from onnxq.calibrate.statistics import is_float
 from onnxq.errors import OnnxqError
 
 _OUTPUT_BYTES = 32 << 20
 _MOST = 4
+_LEAST_LENGTH = 64
 
 
 class Trials:
@@ -36,7 +37,8 @@ class Trials:
     ) -> None:
         """
         Args:
-            samples: as many are run as have outputs of 32 MB, 4 at most, spread over them all.
+            samples: as many are run as have outputs of 32 MB, 4 at most, spread over them all; of
+                a single one with larger outputs the beginning, where its inputs are sequences.
             names: of the switches' input and the sizes' output.
         """
         self.runs, self._switches = 0, names[0]
@@ -87,8 +89,25 @@ def _chosen(session: Any, samples: Samples) -> tuple[list[Feed], Sequence[list[A
     feeds = iter(samples)
     first = next(feeds)
     outputs = session.run(None, first)
-    room = _OUTPUT_BYTES // max(1, sum(array.nbytes for array in outputs))
-    count = int(min(max(room, 1), _MOST, len(samples)))
+    taken = sum(array.nbytes for array in outputs)
+    if taken > _OUTPUT_BYTES:
+        first = beginning(session.inputs, first, _OUTPUT_BYTES / taken)
+        return [first], [session.run(None, first)]
+    count = int(min(max(_OUTPUT_BYTES // max(1, taken), 1), _MOST, len(samples)))
     picked = {round(i * len(samples) / count) for i in range(1, count)}
     others = [feed for step, feed in enumerate(feeds, 1) if step in picked]
     return [first, *others], [outputs, *(session.run(None, feed) for feed in others)]
+
+
+def beginning(inputs: Sequence[InputSpec], feed: Feed, share: float) -> Feed:
+    """A share of a sequence, at least 64 of it; all where the inputs are not sequences of a length.
+
+    They are if the second axis of each is open, under one name.
+    """
+    axes = {spec.shape[1] if len(spec.shape) > 1 else None for spec in inputs}
+    lengths = {feed[spec.name].shape[1] for spec in inputs if feed[spec.name].ndim > 1}
+    (axis,) = axes if len(axes) == 1 else (None,)
+    if not isinstance(axis, str) or not axis or len(lengths) != 1:
+        return feed
+    length = max(round(share * lengths.pop()), _LEAST_LENGTH)
+    return {name: array[:, :length] for name, array in feed.items()}
