@@ -31,8 +31,16 @@ _INNER = frozenset(
 )
 # Measured on SDXL's UNet (ONNX Runtime 1.31, CPU), bytes in memory a byte of weights: FP16 ones are
 # read, widened to FP32 and packed, and let go only when all are.
-_LOADING = {True: 3.0, False: 1.15}
-_LOADED = {True: 2.25, False: 1.1}
+_LOADING = {True: 2.75, False: 1.15}
+_LOADED = {True: 2.1, False: 1.1}
+# Kernels that give FP16 themselves, or hand on what they got. What others give is FP32 and cast for
+# whoever asks for it, near the end of the run: until then both wait, of SDXL's GEGLU 63 MB a block.
+_OWN_HALF = frozenset(
+    (
+        *("LayerNormalization", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"),
+        *("Split", "Slice", "Identity", "Cast"),
+    )
+)
 _SESSION = 40 << 20
 """Bytes a session takes without weights; the first one brings ONNX Runtime itself."""
 _START = 96 << 20
@@ -84,6 +92,12 @@ class Division:
         self._fetched = {name: weight(sized) for name, sized in sizes.items()}
         # FP16 is computed in FP32, and spooled so.
         self._run = {n: math.prod(s[0]) * max(s[1].itemsize, _wide(s)) for n, s in sizes.items()}
+        self._kept = {
+            name: self._fetched.get(name, 0) + held + self._copy(name, step.op, sizes)
+            for step in self._steps
+            for name in step.makes
+            if (held := watched.get(name)) is not None
+        }
         self._weights = {
             name: (pieces.weight_bytes(name), pieces.is_half(name))
             for step in self._steps
@@ -102,6 +116,12 @@ class Division:
             if name not in sizes or self._is_bound(step, name, sizes[name], readers)
         }
         self._sized = sizes.keys()
+
+    def _copy(self, name: str, op: str, sizes: Mapping[str, Sized]) -> int:
+        """Bytes of what a tensor that is asked for was cast from, where that waits with it."""
+        if name not in sizes or not _wide(sizes[name]) or op in _OWN_HALF:
+            return 0
+        return self._run[name]
 
     def _is_bound(self, step: Step, name: str, sized: Sized, readers: Mapping[str, int]) -> bool:
         """Whether ONNX Runtime may fuse the tensor away."""
@@ -218,12 +238,10 @@ class Division:
             seen.update(step.weights, step.reads)
             made.update(step.makes)
             size = sum(self._run.get(name, 0) for name in step.makes)
-            kept += sum(
-                self._fetched.get(n, 0) + self._watched[n] for n in step.makes if n in self._watched
-            )
+            kept += sum(self._kept.get(name, 0) for name in step.makes)
             alive += size
-            peak = max(peak, alive + size * _BESIDE.get(step.op, 0))
-            memory = int(max(loading, loaded + entering + peak + kept)) + self._always
+            peak = max(peak, alive + size * _BESIDE.get(step.op, 0) + kept)
+            memory = int(max(loading, loaded + entering + peak)) + self._always
             ending = {n for n in (*step.makes, *step.reads) if self._last.get(n, index) <= index}
             alive -= sum(self._run.get(name, 0) for name in ending & made)
             yield index + 1, memory, alive + entering

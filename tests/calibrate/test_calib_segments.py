@@ -200,6 +200,17 @@ def test_what_skips_segments_waits_until_it_is_read() -> None:
     assert disk_bytes(segments, 5) == 5 * (7000 + 2000 + 3000)
 
 
+def test_fp16_that_is_asked_for_waits_beside_what_it_was_cast_from() -> None:
+    """ONNX Runtime computes a Mul of FP16 in FP32, and casts it for its reader when all else is
+    done; a LayerNormalization gives FP16. In each case 3 MB run in FP32 and 1.5 MB are fetched."""
+    for op, copies in (("Mul", 1), ("LayerNormalization", 0)):
+        steps = _Steps((op, "x", "a", ""), ("Add", "a", "b", ""))
+        shapes = {n: ((750_000,), np.dtype(np.float16)) for n in "ab"}
+        plain = Division(steps, shapes, {}).whole().memory  # type: ignore[arg-type]
+        asked = Division(steps, shapes, {"a": 0}).whole().memory  # type: ignore[arg-type]
+        assert asked - plain == 1_500_000 + copies * 3_000_000
+
+
 MODELS = {
     "minilm": ("fp8-gptq", "minilm", 110_000_000),
     "smollm2-fp32": ("int8", "smollm2-fp32", 260_000_000),
