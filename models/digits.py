@@ -47,8 +47,8 @@ from models.torch_export import export_dynamo, summary
 
 FOLDER = OUT / "digits"
 OPSET = 21
-STEPS, BATCH, RATE = 600, 64, 3e-3
-WARM, AVERAGED_OVER = 50, 100
+STEPS, BATCH, RATE = 2000, 16, 2e-3
+WARM, AVERAGED_OVER = 100, 200
 TOKENS, WIDTH, ANY = 32, 32, 10  # ANY: the class that stands for all
 SIDE, TRAINED_ON = 16, 1400
 DENOISING_STEPS, GUIDANCE = 20, 2.0
@@ -120,7 +120,7 @@ def train_classifier(pictures: torch.Tensor, labels: torch.Tensor) -> nn.Module:
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(25):
-        for rows in torch.randperm(TRAINED_ON).split(BATCH):
+        for rows in torch.randperm(TRAINED_ON).split(64):
             loss = functional.cross_entropy(model(pictures[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -164,7 +164,7 @@ def train_unet(
             for mean, now in zip(averaged.parameters(), both.parameters(), strict=True):
                 mean.lerp_(now, weight)
         recent += weight * (loss.item() - recent)
-        if step % 100 == 0:
+        if step % 200 == 0:
             spent = time.process_time() - start
             print(f"step {step} of {steps}: loss {recent:.4f}, {spent:.0f} CPU s", flush=True)
     return averaged[0].eval(), averaged[1].weight.detach().view(-1, TOKENS, WIDTH)

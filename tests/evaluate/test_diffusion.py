@@ -107,6 +107,42 @@ def test_samples_of_a_known_distribution(tmp_path: Path, plan: Schedule, targets
     assert found.broken == found.exact == 0 and len(found.by_step) == 8
 
 
+def test_mean_worst_and_error_by_hand(tmp_path: Path, plan: Schedule, targets: Path) -> None:
+    """A model whose samples are 1.1 times the others': each is off by a tenth of its target."""
+    larger = POINT.format().replace("Mul(root, target)", "Mul(wider, target)")
+    larger = larger.replace(
+        "clean =", "tenth = Constant<value = float {1.1}>() wider = Mul(root, tenth) clean ="
+    )
+    alphas = plan.alphas.astype(np.float32)
+    other = write(tmp_path / "other.onnx", larger, alphas=alphas)
+    model = point_model(tmp_path / "m.onnx", plan)
+    found = diffusion(other, model, plan, conditions=targets, steps=6)
+    target = np.load(targets)["target"].astype(np.float64)
+    squared = np.square(0.1 * target).mean(axis=(1, 2, 3))
+    ratios = 10 * np.log10(np.ptp(target) ** 2 / squared)
+    assert found.psnr == pytest.approx(ratios.mean(), abs=0.01)
+    assert found.psnr_error == pytest.approx(ratios.std(ddof=1) / math.sqrt(3), abs=0.01)
+    assert (found.worst, found.worst_sample) == (
+        pytest.approx(ratios.min(), abs=0.01),
+        ratios.argmin(),
+    )
+    # Behind the last step both are at their targets, so the error is a tenth of the whole.
+    assert found.by_step[-1][1] == pytest.approx(20, abs=0.01)
+
+
+def test_each_sample_has_its_own_noise(tmp_path: Path, plan: Schedule) -> None:
+    """Of a model that gives back its input, a sample is its noise times a number."""
+    graph = "(float[B,8] sample, float[B] timestep) => (float[B,8] y) { y = Identity(sample) }"
+    model = write(tmp_path / "m.onnx", f"agraph {graph}")
+    factor = 1.0
+    for visited, following in ((501, 1), (1, None)):
+        a, b = plan.alphas[visited], 1.0 if following is None else plan.alphas[following]
+        factor *= math.sqrt(b) * (1 - math.sqrt(1 - a)) / math.sqrt(a) + math.sqrt(1 - b)
+    found = diffusion(model, model, plan, steps=2, samples=2, seed=8, batch=2)
+    noise = [np.random.default_rng(seed).standard_normal(8) for seed in (8, 9)]
+    assert found.peak == pytest.approx(factor * np.ptp(noise), rel=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_batch_changes_nothing(
     tmp_path: Path, plan: Schedule, targets: Path, batch: int
@@ -124,7 +160,7 @@ def test_the_batch_changes_nothing(
 def test_psnr_by_hand() -> None:
     expected = np.zeros((3, 2, 2), np.float32)
     found = expected.copy()
-    found[0] = 0.5
+    found[0, 1, 1] = 1.0
     found[2, 0, 0] = np.nan
     ratios = psnr(expected, found, peak=2.0)
     assert ratios[0] == pytest.approx(10 * math.log10(4 / 0.25))
@@ -190,22 +226,24 @@ def test_the_form_of_sdxl(tmp_path: Path, batch: str, timestep: str) -> None:
     assert plan.source == "SDXL's"
     found = diffusion(model, model, plan, conditions=folder, steps=2)
     assert found.samples == 2 and found.guidance == 5.0 and found.exact == 2
-    # Linear: x1 = c1 x0 + d1 p, by hand in float64 for the first sample.
-    first = np.load(folder / "0000-0000.npz")
-    sides = first["encoder_hidden_states"].mean((1, 2), dtype=np.float64) + first[
-        "text_embeds"
-    ].mean(1, dtype=np.float64)
-    led = sides[0] + 5 * (sides[1] - sides[0])
-    now = np.random.default_rng(0).standard_normal((4, 4, 6))
-    for timestep_, before in ((501, 1), (1, None)):
-        a = plan.alphas[timestep_]
-        b = plan.alphas[before] if before is not None else plan.alphas[0]
-        epsilon = now + led
-        now = np.sqrt(b / a) * (now - np.sqrt(1 - a) * epsilon) + np.sqrt(1 - b) * epsilon
+    # Linear in the sample: by hand in float64.
+    made = []
+    for prompt in range(2):
+        fed = np.load(folder / f"{prompt:04}-0000.npz")
+        sides = fed["encoder_hidden_states"].mean((1, 2), dtype=np.float64)
+        sides += fed["text_embeds"].mean(1, dtype=np.float64)
+        now = np.random.default_rng(prompt).standard_normal((4, 4, 6))
+        for visited, following in ((501, 1), (1, 0)):  # behind the last: the first alpha
+            a, b = plan.alphas[visited], plan.alphas[following]
+            epsilon = now + sides[0] + 5 * (sides[1] - sides[0])
+            clean = (now - np.sqrt(1 - a) * epsilon) / np.sqrt(a)
+            now = np.sqrt(b) * clean + np.sqrt(1 - b) * epsilon
+        made.append(now)
+    # FP16 rounds what the model reads and gives: 2^-11 of values around 10.
+    assert found.peak == pytest.approx(np.ptp(made), rel=2e-2)
     picture = tmp_path / "p.png"
     alone = diffusion(model, model, plan, conditions=folder, steps=2, samples=1, picture=picture)
-    # FP16 rounds what the model reads and gives: 2^-11 of values around 10.
-    assert alone.peak == pytest.approx(np.ptp(now), rel=2e-2)
+    assert alone.peak == pytest.approx(np.ptp(made[0]), rel=2e-2)
     assert png(picture).shape[2] == 3
 
 
@@ -311,7 +349,9 @@ def test_the_picture_shows_both(tmp_path: Path, plan: Schedule, targets: Path) -
 def test_a_broken_candidate(tmp_path: Path, plan: Schedule, targets: Path) -> None:
     model = point_model(tmp_path / "m.onnx", plan)
     broken = point_model(tmp_path / "broken.onnx", plan, float("inf"))
-    found = diffusion(broken, model, plan, conditions=targets, steps=3)
+    judge = classifier(tmp_path / "c.onnx", 3)
+    found = diffusion(broken, model, plan, conditions=targets, steps=3, classifier=judge)
+    assert found.match is not None and found.match.right == 0 and found.match.agreement == 0
     assert found.broken == 3 and math.isnan(found.psnr)
     assert found.by_step[-1][1] is None
     assert "PSNR none: 3 of 3 samples are NaN or infinite" in found.lines()
