@@ -12,10 +12,12 @@ import pytest
 from core_graphs import Net, initializer, operators, recipe, run, snr
 
 import onnxq
+from onnxq.algorithms import smoothquant
 from onnxq.errors import OnnxqError
 from onnxq.recipe import load
 from onnxq.samples import Data
 
+FOLD = ("smoothquant", "fold")
 LOUD = np.where(np.arange(64) % 9 == 0, 30.0, 1.0)
 
 
@@ -61,6 +63,97 @@ def test_a_norm_takes_the_factors(mode: str, tmp_path: Path) -> None:
     (edit,) = [e for e in done.report.edits if e.step == "smoothquant"]
     assert (edit.verb, edit.target) == ("fold", "/norm:0")
     assert edit.reason.startswith("alpha 0.") or edit.reason.startswith("alpha 1.0")
+
+
+def _gated(net: Net, x: str) -> str:
+    """A gated MLP, whose up_proj has loud columns."""
+    gate = net.op("MatMul", x, net.weight("gate", 64, 64), name="/gate")
+    up = net.op("MatMul", x, net.const("up", _loud(net, 64, 1)), name="/up")
+    h = net.op("Mul", net.op("Sigmoid", gate, name="/act"), up, name="/gated")
+    return net.op("MatMul", h, net.const("down", _loud(net, 64, -1)), name="/down")
+
+
+def _attending(net: Net, x: str) -> str:
+    """An attention of two heads, whose v_proj has loud columns."""
+    heads = net.const("heads", [0, 0, 2, 32], np.int64)
+    flat = net.const("flat", [0, 0, 64], np.int64)
+    parts = []
+    for name in "qkv":
+        weight = _loud(net, 64, 1) if name == "v" else net.rng.standard_normal((64, 64)) / 8
+        made = net.op("MatMul", x, net.const(name, weight), name=f"/{name}")
+        made = net.op("Reshape", made, heads, name=f"/{name}_heads")
+        perm = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
+        parts.append(net.op("Transpose", made, name=f"/{name}_t", perm=perm))
+    scores = net.op("Softmax", net.op("MatMul", *parts[:2], name="/scores"), axis=-1, name="/p")
+    h = net.op("MatMul", scores, parts[2], name="/values")
+    h = net.op("Transpose", h, name="/back", perm=[0, 2, 1, 3])
+    h = net.op("Reshape", h, flat, name="/joined")
+    return net.op("MatMul", h, net.const("o", _loud(net, 64, -1)), name="/o")
+
+
+def _loud(net: Net, size: int, sign: int) -> np.ndarray:
+    """A weight with loud columns, or (-1) with rows that are quiet for them."""
+    weight = (net.rng.standard_normal((size, size)) / 8).astype(np.float32)
+    return weight * LOUD if sign > 0 else weight / LOUD[:, None]
+
+
+@pytest.mark.parametrize(
+    ("block", "where", "taker", "others"),
+    [(_gated, "/gated:0", "up", "gate up"), (_attending, "/joined:0", "v", "q k v")],
+    ids=["gated MLP", "attention"],
+)
+def test_a_weight_before_takes_the_factors(
+    block: Any, where: str, taker: str, others: str, tmp_path: Path
+) -> None:
+    """up_proj before down_proj, v_proj before o_proj: as many operators, and 6 dB."""
+    net = Net()
+    net.output(block(net, net.input("x", ["batch", 8, 64])))
+    source = net.save(tmp_path / "net.onnx")
+    calib, held = np.random.default_rng(0).standard_normal((2, 24, 8, 64)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", x=calib)
+    wanted, found, made = run(onnx.load(source), {"x": held})[0], {}, {}
+    for name in ("int8", "int8-smoothquant"):
+        options: dict[str, Any] = {"recipe": name, "precision": "keep", "target": "sm80"}
+        rules = [f"leave node=/{n}" for n in others.split()]
+        done = onnxq.quantize(
+            source, tmp_path / "m.onnx", calib=tmp_path / "calib.npz", rules=rules, **options
+        )
+        made[name] = onnx.load(tmp_path / "m.onnx")
+        found[name] = snr(wanted, run(made[name], {"x": held})[0])
+    assert sorted(operators(made["int8"])) == sorted(operators(made["int8-smoothquant"]))
+    folded = {e.target: e.reason for e in done.report.edits if (e.step, e.verb) == FOLD}
+    assert list(folded) == [where] and f"into {taker} of" in folded[where]
+    assert found["int8-smoothquant"] > found["int8"] + 6
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_alpha_is_judged_by_rows_that_did_not_make_it(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heavy tails: with each channel's largest value at the end of the range, others are clipped.
+
+    Judged by the rows themselves, that is not seen.
+    """
+    net = Net()
+    loud = np.random.default_rng(5).lognormal(0, 1, 256)
+    h = net.op("Mul", net.input("x", ["batch", 16, 256]), net.const("gain", loud), name="/gain")
+    net.output(net.op("MatMul", h, net.weight("a", 256, 64), name="/a"))
+    source, calib = net.save(tmp_path / "net.onnx"), tmp_path / "calib.npz"
+    x, held = np.random.default_rng(seed).standard_t(3, (2, 60, 16, 256)).astype(np.float32)
+    np.savez(calib, x=x)
+    wanted, found = run(onnx.load(source), {"x": held})[0], []
+    for judged in (smoothquant.halved, _by_itself):
+        monkeypatch.setattr(smoothquant, "halved", judged)
+        options: dict[str, Any] = {"recipe": "int8-smoothquant", "precision": "keep"}
+        onnxq.quantize(source, tmp_path / "m.onnx", calib=calib, target="sm80", **options)
+        found.append(snr(wanted, run(onnx.load(tmp_path / "m.onnx"), {"x": held})[0]))
+    assert found[0] > found[1] + 1.5  # 6.5 and 2.4 dB here
+
+
+def _by_itself(
+    rows: np.ndarray, counts: np.ndarray, _: np.ndarray, peaks: np.ndarray
+) -> list[smoothquant.Trial]:
+    return [smoothquant.Trial(rows, counts, peaks.max(0), rows, counts)]
 
 
 def test_alpha_may_be_given(tmp_path: Path) -> None:
