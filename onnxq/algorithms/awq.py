@@ -22,11 +22,15 @@ from onnxq.threads import in_order
 Matrix = NDArray[Any]
 
 ALPHAS = np.linspace(0.0, 1.0, 21)
-"""Every other is tried, and then the neighbours of the best: what it gains is flat around it."""
+"""Every other is tried, and then the best and its neighbours: what is gained is flat around it."""
+
+_ENOUGH = 256  # output channels that tell the alphas apart, of which the first are tried
+
+Weights = Sequence[tuple[Matrix, QuantScheme]]
 
 
 def search_channel_scales(
-    weights: Sequence[tuple[Matrix, QuantScheme]],
+    weights: Weights,
     H: Matrix,
     ties: Sequence[NDArray[np.int64]] = (),
 ) -> tuple[NDArray[np.float32], float]:
@@ -46,21 +50,20 @@ def search_channel_scales(
         s = magnitude**alpha
         return np.asarray(s / np.sqrt(s.max() * s.min()), np.float32)
 
-    def error(alpha: float) -> float:
-        s = scales(alpha)
-        return sum(output_error(_error(W, s, scheme), H) for W, scheme in weights)
+    def errors(weights: Weights, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
+        def error(alpha: float) -> float:
+            s = scales(alpha)
+            return sum(output_error(_error(W, s, scheme), H) for W, scheme in weights)
 
-    found: dict[float, float] = {}
+        return np.array(list(in_order(error, alphas)))
 
-    def best(alphas: NDArray[np.float64]) -> int:
-        """Try those not yet tried; the place in ALPHAS of the best so far, the least of equals."""
-        new = [float(alpha) for alpha in alphas if float(alpha) not in found]
-        found.update(zip(new, in_order(error, new), strict=True))
-        least = min(found, key=lambda alpha: (found[alpha], alpha))
-        return int(np.searchsorted(ALPHAS, least))
-
-    near = best(ALPHAS[::2])
-    alpha = float(ALPHAS[best(ALPHAS[max(near - 1, 0) : near + 2])])
+    every = max(1, sum(W.shape[1] for W, _ in weights) // _ENOUGH)
+    first = errors([(W[:, ::every], scheme) for W, scheme in weights], ALPHAS[::2])
+    near = 2 * int(first.argmin())
+    tried = ALPHAS[max(near - 1, 0) : near + 2]
+    if every > 1 and near > 1 and first.min() > 0.9 * first[0]:
+        tried = np.array([0.0, *tried])  # what gains little on some columns may gain nothing on all
+    alpha = float(tried[errors(weights, tried).argmin()])
     return scales(alpha), alpha
 
 

@@ -31,7 +31,7 @@ def output_error(E: Matrix, H: Matrix) -> float:
     syrk = get_blas_funcs("syrk", (E,))
     # BLAS counts columns first, so that E as it lies is its transpose. One triangle is made.
     products = syrk(1.0, E.T, trans=1).T
-    halves = np.einsum("ij,ij->", products, H, dtype=np.float64)
+    halves = np.einsum("ij,ij->i", products, H).sum(dtype=np.float64)
     return float(2 * halves - np.diag(products).astype(np.float64) @ np.diag(H))
 
 
