@@ -166,7 +166,7 @@ def quantize(
 @click.option("--pattern", metavar="N:M|SHARE", help="N of each M weights stay.  [default: 2:4]")
 @click.option(
     "--method",
-    type=click.Choice(["magnitude", "wanda", "sparsegpt"]),
+    type=click.Choice(["magnitude", "wanda", "sparsegpt", "alps"]),
     help="Magnitude needs no data.  [default: sparsegpt with data, else magnitude]",
 )
 @click.option("--least-squares", is_flag=True, help="Fit the weights that stay to the outputs.")

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from onnxq.algorithms import STEPS
+from onnxq.algorithms.alps import alps
 from onnxq.algorithms.gptq import Sweep
 from onnxq.algorithms.hessian import damped
 from onnxq.algorithms.refit import refit
@@ -108,6 +109,8 @@ class Drafts:
         if name == "sparsegpt":
             return sparsegpt(self.sweep_of(moments, channels), W, pattern)
         H = moments.rounded
+        if name == "alps":
+            return alps(W, damped(H, DAMP), pattern)
         scores = magnitude_scores(W) if name == "magnitude" else wanda_scores(W, np.diag(H))
         keep = pattern.mask(scores)
         return np.where(keep, W, 0), keep

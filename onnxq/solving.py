@@ -134,7 +134,8 @@ class Solver:
 
         def read(arrays: Mapping[str, Array]) -> _Solution:
             found = _Solution.of(arrays, W, inner.format.dtype(), inner.scale_type)
-            found.values(inner)  # or its scales are of another shape
+            if found.scale.shape != numerics.scale_shape(W.shape, inner.granularity):
+                raise ValueError("scales of another weight")
             return found
 
         solution = self._unfinished.part(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     pass
 
 PathLike = str | Path
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 DEFAULT_PATTERN = "2:4"
 
 
@@ -43,8 +43,8 @@ def prune(
     Args:
         output: default: beside the model, `<name>.sparse24.onnx`.
         pattern: `N:M`, or the share that becomes zero (see `sparsity`).
-        method: `magnitude`, which needs no data, `wanda` or `sparsegpt`. None: `sparsegpt` with
-            data, else `magnitude`.
+        method: `magnitude`, which needs no data, `wanda`, `sparsegpt` or `alps`. None: `sparsegpt`
+            with data, else `magnitude`.
         least_squares: give the weights that stay the values that serve the output best.
         sequential: layer by layer, each on what the layers pruned before it really give.
         options: as `quantize` has them: `rules`, `changes`, `memory`, `device`, `save_calib`, ...

@@ -148,7 +148,7 @@ def test_each_method_loses_less_than_the_one_before(tmp_path: Path) -> None:
     assert np.diff(found).min() > 0.1, found
 
 
-@pytest.mark.parametrize("steps", [("wanda",), ("sparsegpt", "refit")])
+@pytest.mark.parametrize("steps", [("wanda",), ("sparsegpt", "refit"), ("alps",)])
 def test_the_error_reported_is_that_of_the_file(steps: tuple[str, ...], tmp_path: Path) -> None:
     """Of one convolution in groups, its outputs computed by onnx's own evaluator."""
     shape, attrs = (4, 16, 9, 9), {"group": 2, "strides": [2, 2], "pads": [0, 1, 2, 1]}

@@ -164,7 +164,7 @@ def test_steps_in_an_order_that_makes_no_sense_are_refused() -> None:
         from_dict({"steps": ["gptq", "gptq"]}, "x.yaml")
     with pytest.raises(
         OnnxqError,
-        match="choose one of: smoothquant, awq, sequential, magnitude, wanda, sparsegpt, refit",
+        match="choose one of: smoothquant, awq, sequential, magnitude, wanda, sparsegpt, alps",
     ):
         from_dict({"steps": ["magic"]}, "x.yaml")
 

@@ -31,6 +31,7 @@ STEPS: dict[str, tuple[Kind, str]] = {
     "magnitude": ("sparsify", "the smallest weights become zero"),
     "wanda": ("sparsify", "the weights that add least to an output become zero"),
     "sparsegpt": ("sparsify", "zeros where they cost least, made up for by inputs to come"),
+    "alps": ("sparsify", "zeros by alternating directions, changing sides while that helps"),
     "refit": ("refit", "the weights beside the zeros by least squares"),
     "search": ("scale", "scales searched under diag(H)"),
     "gptq": ("round", "GPTQ: later inputs make up for the rounding of earlier ones"),

@@ -73,8 +73,8 @@ def search_ranges(
 def within(peak: Matrix, scheme: QuantScheme) -> Matrix:
     """Cut at what the largest scale of the type serves."""
     info = ml_dtypes.finfo(dtype_named(scheme.scale_type))  # type: ignore[no-untyped-call]
-    largest = float(info.max)
-    return np.minimum(peak, largest * scheme.unit * scheme.format.qmax)
+    largest = float(info.max) * scheme.unit * scheme.format.qmax
+    return np.minimum(peak, min(largest, float(np.finfo(np.float32).max)))
 
 
 def _errors(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from onnxq import numerics
+from onnxq.algorithms.alps import alps
 from onnxq.algorithms.gptq import Sweep
 from onnxq.algorithms.hessian import damped
 from onnxq.algorithms.refit import refit
@@ -232,6 +233,30 @@ def test_of_all_masks_sparsegpt_finds_a_good_one() -> None:
     ratio = _error(swept, W, H) / least.sum()
     fitted = _error(refit(W, keep, H, swept, passes=200), W, H) / least.sum()
     plain = _error(W * TWO_OF_FOUR.mask(np.abs(W)), W, H) / least.sum()
+    _, settled = alps(W, H, TWO_OF_FOUR)
+    alternated = _error(refit(W, settled, H, passes=200), W, H) / least.sum()
+    assert 1 <= alternated < 1.3
     assert 1 <= fitted < 1.3
     assert fitted < ratio < 2.4
     assert plain > 5
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:2", "0.5"])
+def test_alternating_where_inputs_have_nothing_in_common_is_wanda(text: str) -> None:
+    """There each weight answers for itself, and nothing has a reason to change sides."""
+    pattern, W = Pattern.parse(text), _weight(64, 24, 5)
+    H = np.diag(np.exp(np.random.default_rng(6).standard_normal(64)))
+    found, keep = alps(W, H, pattern)
+    np.testing.assert_array_equal(keep, pattern.mask(wanda_scores(W, np.diag(H))))
+    np.testing.assert_allclose(found, np.where(keep, W, 0), rtol=1e-4)
+
+
+def test_alternating_has_the_pattern_and_beats_the_sweep() -> None:
+    """On correlated inputs, with the least squares that belong behind both."""
+    X, W = _inputs(400, 96, 21), _weight(96, 64, 22)
+    H = X.T @ X / 400
+    values, keep = alps(W, damped(H, 0.1), TWO_OF_FOUR)
+    assert TWO_OF_FOUR.holds(values == 0, 0) and not values[~keep].any()
+    _, other = sparsegpt(Sweep(H, group=4, damp=0.1), W, TWO_OF_FOUR)
+    errors = [_error(refit(W, k, damped(H, 0.01)), W, H) for k in (keep, other)]
+    assert errors[0] < 0.9 * errors[1]
