@@ -77,6 +77,7 @@ def main() -> None:
     import onnxq
     from onnxq.calibrate.session import open_session
     from onnxq.graph.model import Model
+    from onnxq.recipe import load
 
     given = data(case.calib)
     if options.samples and given.text is not None:
@@ -103,7 +104,7 @@ def main() -> None:
             case.model,
             Path(folder, "m.onnx"),
             recipe=options.recipe,
-            changes=[f"block_size={case.block}"],
+            changes=[f"block_size={case.block}"] if load(options.recipe).block_size else [],
             calib=given,
             progress=progress,
         )
