@@ -40,11 +40,13 @@ class Moments:
         full: X^T X of the input in full precision.
         rounded: Y^T Y of the input behind rounded layers; `full` itself where none are before it.
         cross: Y^T X; likewise.
+        patches: whether they are those of a convolution, which sees hundreds of rows a sample.
     """
 
     full: FloatArray
     rounded: FloatArray
     cross: FloatArray
+    patches: bool = False
 
 
 Parts = tuple[Moments, ...]
@@ -96,7 +98,10 @@ class CalibratedInputs:
                     f"{found.shape[-1]} inputs, but {site.name!r} has {layout.length}",
                     "calibrate this model again",
                 )
-            self._last.known = key, tuple(Moments(H, H, H) for H in found)
+            self._last.known = (
+                key,
+                tuple(Moments(H, H, H, patches=layout.unfolding is not None) for H in found),
+            )
         return self._last.known[1]
 
     def rounded(self, site: Site, values: FloatArray) -> None:

@@ -26,7 +26,7 @@ from onnxq.algorithms.descent import descend
 from onnxq.algorithms.hessian import damped, output_errors
 from onnxq.algorithms.scales import fit_scales
 from onnxq.algorithms.sparsegpt import sparsegpt_rounded
-from onnxq.drafts import DAMP, Drafts, by_part
+from onnxq.drafts import Drafts, by_part, rounding_damp
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
@@ -243,11 +243,11 @@ class Solver:
         def descended(
             m: Moments, grid: Array, W: Array, step: Array, keep: Array, middle: Array
         ) -> Array:
-            H = damped(m.rounded, DAMP)
+            H = damped(m.rounded, rounding_damp(m))
             return descend(grid, W, step, H, fmt, keep=keep, zero=middle)
 
         def fitted(m: Moments, grid: Array, W: Array, scale: Array) -> Array:
-            return fit_scales(grid, W, scale, damped(m.rounded, DAMP), scheme)
+            return fit_scales(grid, W, scale, damped(m.rounded, rounding_damp(m)), scheme)
 
         for name in self.steps:
             wide = np.broadcast_to(step, W.shape)

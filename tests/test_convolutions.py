@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 import onnxq
 from onnxq import unfolding
+from onnxq.algorithms import gptq
 from onnxq.calibrate.statistics import make
 from onnxq.graph.model import Model
 from onnxq.layouts import layout_of
@@ -244,3 +245,27 @@ def test_what_the_memory_does_not_hold_is_pruned_by_magnitude(tmp_path: Path) ->
     assert edit.reason.startswith("the second moments of its 4608 inputs take 0.8 GB to work with")
     np.testing.assert_array_equal(_weight(within), _weight(plain))
     assert done.report.facts["calibrated"]["peak_rss"] < 1_500_000_000
+
+
+@pytest.mark.parametrize("steps", [("gptq",), ("sequential", "gptq")])
+def test_a_convolution_has_rows_enough_to_be_damped_less(
+    steps: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of what a linear layer gets, which is worth 1.1 dB to PP-OCR in FP8 and in INT8."""
+    damps: list[float] = []
+    plain = gptq.Sweep.__init__
+
+    def noted(self: Any, matrix: Array, damp: float, *rest: Any, **options: Any) -> None:
+        damps.append(damp)
+        plain(self, matrix, damp, *rest, **options)
+
+    monkeypatch.setattr(gptq.Sweep, "__init__", noted)
+    net = Net()
+    x = net.input("x", ["batch", 32, 10, 10])
+    h = net.op("Conv", x, net.weight("a", 36, 32, 3, 3), name="/a", pads=[1, 1, 1, 1])
+    flat = net.op("Reshape", h, net.const("shape", [-1, 100], np.int64), name="/flat")
+    net.output(net.op("MatMul", flat, net.weight("b", 100, 32), name="/b"))
+    source, (calib, _) = net.save(tmp_path / "net.onnx"), _images(tmp_path, 32)
+    recipe = from_dict({"steps": list(steps)}, "test")
+    onnxq.quantize(source, tmp_path / "m.onnx", recipe=recipe, calib=calib)
+    assert sorted(damps) == [0.01, 0.1]

@@ -156,13 +156,14 @@ class _Form:
     def parts(self, reached: bool) -> Parts:
         """The moments; one thing three times where no layer rounded so far lies before."""
         full = self._own[0].matrices if self._known is None else self._known
+        patches = isinstance(self._own[0], Patches)
         if not reached:
-            return tuple(Moments(H, H, H) for H in full)
+            return tuple(Moments(H, H, H, patches) for H in full)
         rounded = self._own[1].matrices
         found = zip(
             full, rounded, (self._cross[g].matrix for g in sorted(self._cross)), strict=True
         )
-        return tuple(Moments(*each) for each in found)
+        return tuple(Moments(*each, patches) for each in found)
 
 
 class _Cross:
