@@ -133,14 +133,17 @@ def line(row: Row) -> list[str]:
 
 
 def compiled(row: Row) -> str:
-    """How many products of each kind run in which format."""
+    """How many products of each kind are multiplied in 8 bits."""
     if "compiled" not in row:
-        return f"refused: {row.get('refused', '')[:60]}"
-    return "; ".join(
-        f"{kind} " + ", ".join(f"{count} {what}" for what, count in counts.items())
-        for kind, counts in row["compiled"].items()
-        if counts
-    )
+        return f"refused: {row.get('refused', '')[:60]}" if "share" in row else ""
+    products = row["compiled"]
+    said = [
+        f"{sum(products[kind].get(form, 0) for form in ('fp8', 'int8'))} of "
+        f"{sum(products[kind].values())} {name}"
+        for kind, name in (("gemm", "linear"), ("conv", "convolutions"))
+    ]
+    fused = ", ".join(f"{count} {how}" for how, count in products["attention"].items())
+    return f"{', '.join(said)}; attention {fused}"
 
 
 def main() -> None:
