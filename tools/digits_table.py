@@ -42,6 +42,7 @@ RECIPES = (
     "int8-dynamic",
     "int8-smoothquant",
     "sdxl-int8",
+    "sdxl-int8:conv_calibrator=max",
     "int4-rtn:block_size=32",
     "int4-best:block_size=32",
 )
