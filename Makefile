@@ -9,7 +9,7 @@ EXPORT := .venv-export
 SMOLLM2 := $(OUT)/smollm2-fp32
 WIKI := $(OUT)/wiki
 EXPORTED := minilm minilm-legacy smollm2-torch smollm2-torch-fp16 smollm2-torch-decode \
-    sdxl-unet-tiny-fp16 sdxl-unet-full-fp16
+    sdxl-unet-tiny-fp16 sdxl-unet-tiny-fp16-dynamic sdxl-unet-full-fp16
 SHAPES := --shapes input_ids:1x1,1x256,4x512 --shapes attention_mask:1x1,1x256,4x512
 # How much text the demo calibrates on and measures with.
 SAMPLES ?= 64
@@ -63,6 +63,8 @@ $(OUT)/minilm-legacy/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.minilm --exporter legacy
 $(OUT)/sdxl-unet-tiny-fp16/model.onnx: | $(EXPORT)/ready
 	$(EXPORT)/bin/python -m models.sdxl_unet --size tiny
+$(OUT)/sdxl-unet-tiny-fp16-dynamic/model.onnx: | $(EXPORT)/ready  # half a minute
+	$(EXPORT)/bin/python -m models.sdxl_unet --size tiny --dynamic
 $(OUT)/sdxl-unet-full-fp16/model.onnx: | $(EXPORT)/ready  # 5.1 GB, two minutes, 6 GB of memory
 	$(EXPORT)/bin/python -m models.sdxl_unet --size full
 $(OUT)/smollm2-torch/model.onnx: | $(EXPORT)/ready

@@ -1,12 +1,14 @@
 """The UNet of Stable Diffusion XL: its real architecture with random weights, in three sizes.
 
-    python -m models.sdxl_unet [--size tiny|quarter|full] [--dtype fp16|fp32] [--out DIR] [--force]
+    python -m models.sdxl_unet [--size tiny|quarter|full] [--dtype fp16|fp32] [--dynamic]
+                               [--out DIR] [--force]
 
-writes into models/out/sdxl-unet-SIZE-DTYPE/
+writes into models/out/sdxl-unet-SIZE-DTYPE/, with --dynamic into one that ends in -dynamic
 
     model.onnx, model.onnx.data  opset 21; sample [batch, 4, S, S], timestep [batch],
                                  encoder_hidden_states [batch, 77, C], text_embeds [batch, P],
-                                 time_ids [batch, 6] -> out_sample [batch, 4, S, S]
+                                 time_ids [batch, 6] -> out_sample [batch, 4, S, S]; with
+                                 --dynamic height and width are open, multiples of 4
     config.json                  the diffusers configuration
     calib.npz, heldout.npz       4 and 2 samples of all inputs (not for full); a sample is two rows,
                                  the pair that classifier-free guidance runs
@@ -157,11 +159,12 @@ def samples(
     return {name: made[name].astype(dtype) for name in INPUTS}
 
 
-def build(folder: Path, which: str, dtype: str) -> None:
+def build(folder: Path, which: str, dtype: str, dynamic: bool = False) -> None:
     """Export the UNet and write its data into `folder`."""
     start = time.perf_counter()
     config, kind = CONFIGS[which], np.dtype(np.float16 if dtype == "fp16" else np.float32)
     example = samples(config, kind, count=1, seed=0)
+    sides = {2: "height", 3: "width"} if dynamic else {}
     with staged(folder) as stage:
         path = stage / "model.onnx"
         program = export_dynamo(
@@ -169,7 +172,7 @@ def build(folder: Path, which: str, dtype: str) -> None:
             tuple(torch.from_numpy(example[name]) for name in INPUTS),
             INPUTS,
             ["out_sample"],
-            ({0: "batch"},) * len(INPUTS),
+            ({0: "batch"} | sides, *({0: "batch"},) * (len(INPUTS) - 1)),
             OPSET,
         )
         program.save(path, external_data=True)
@@ -190,12 +193,14 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--size", choices=CONFIGS, default="tiny")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--dynamic", action="store_true", help="any height and width")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--force", action="store_true", help="rebuild what is there")
     options = parser.parse_args()
-    folder = options.out or OUT / f"sdxl-unet-{options.size}-{options.dtype}"
+    suffix = "-dynamic" if options.dynamic else ""
+    folder = options.out or OUT / f"sdxl-unet-{options.size}-{options.dtype}{suffix}"
     if not finished(folder / "model.onnx", force=options.force):
-        build(folder, options.size, options.dtype)
+        build(folder, options.size, options.dtype, options.dynamic)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 NAMED = re.compile(
     r"[\"'/]((?:minilm|smollm2|sdxl-unet|ppocr)(?:-legacy|-torch|-decode|-tiny|-quarter|-full"
-    r"|-fp16|-fp32|_rec)+)\b"
+    r"|-fp16|-fp32|-dynamic|_rec)+)\b"
 )
 
 

@@ -180,6 +180,25 @@ def test_compiled(made: dict[str, Path], name: str) -> None:
         assert not any(t.dtype == form for t in layer.constants), layer.name
 
 
+def test_open_height_and_width(models: Path, tmp_path: Path) -> None:
+    """Calibrated at 16 x 16 latents, compiled for 64 x 64 to 160 x 128 and one to four rows.
+
+    The shortest sequences are then 16 x 16 = 256: above what FP8 attention needs to fuse.
+    """
+    source, made = models / "sdxl-unet-tiny-fp16-dynamic", tmp_path / "m.onnx"
+    calib = Data(path=source / "calib.npz", batch=2)
+    onnxq.quantize(source / "model.onnx", made, recipe="sdxl-fp8", calib=calib)
+    shapes = ["sample:1x4x64x64,2x4x128x128,4x4x160x128"]
+    for name, rest in (("timestep", ""), *(s.split(":2") for s in SHAPES[2:])):
+        shapes.append(f"{name}:" + ",".join(f"{rows}{rest}" for rows in (1, 2, 4)))
+    built = onnxq.build(made, tmp_path / "m.plan", shapes=shapes)
+    assert built.report.facts["products"] == {
+        "gemm": {"fp8": 181, "fp16": 32},
+        "conv": {"fp8": 38, "fp16": 13},
+        "attention": {"fused fp8": 34},
+    }
+
+
 def test_ranges_by_denoising_step(models: Path, tmp_path: Path) -> None:
     """What the report says of the first convolution's input, against the samples themselves."""
     source = models / "sdxl-unet-tiny-fp16"
