@@ -41,12 +41,14 @@ class Moments:
         rounded: Y^T Y of the input behind rounded layers; `full` itself where none are before it.
         cross: Y^T X; likewise.
         patches: whether they are those of a convolution, which sees hundreds of rows a sample.
+        rows: how many they are of; 0: nobody counted, more than enough.
     """
 
     full: FloatArray
     rounded: FloatArray
     cross: FloatArray
     patches: bool = False
+    rows: int = 0
 
 
 Parts = tuple[Moments, ...]
@@ -98,10 +100,8 @@ class CalibratedInputs:
                     f"{found.shape[-1]} inputs, but {site.name!r} has {layout.length}",
                     "calibrate this model again",
                 )
-            self._last.known = (
-                key,
-                tuple(Moments(H, H, H, patches=layout.unfolding is not None) for H in found),
-            )
+            patches, rows = layout.unfolding is not None, self._table.rows_seen(tensor)
+            self._last.known = key, tuple(Moments(H, H, H, patches, rows) for H in found)
         return self._last.known[1]
 
     def rounded(self, site: Site, values: FloatArray) -> None:

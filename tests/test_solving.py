@@ -13,8 +13,11 @@ import pytest
 from core_graphs import Net, recipe, run, snr
 
 import onnxq
+from onnxq import solving
 from onnxq.algorithms import gptq
+from onnxq.drafts import rounding_damp
 from onnxq.errors import OnnxqError
+from onnxq.inputs import Moments
 from onnxq.recipe import Recipe, from_dict
 
 STEPS = ("search", "gptq")
@@ -78,6 +81,31 @@ def test_scales_fitted_to_their_codes_gain_more(name: str, gain: float, tmp_path
     source, (_, x) = _linear(tmp_path), _data(tmp_path, 32, seed=2)
     before = _error(tmp_path, source, name, *STEPS, "descent", x=x)
     assert _error(tmp_path, source, name, *STEPS, "descent", "scales", x=x) >= before + gain
+
+
+def test_few_rows_are_trusted_less(tmp_path: Path) -> None:
+    """48 rows of 96 inputs, most of them alike: a table says so as well as the data itself."""
+    gram = np.eye(96, dtype=np.float32)
+    assert rounding_damp(Moments(gram, gram, gram, rows=48)) == pytest.approx(0.6)
+    assert (
+        rounding_damp(Moments(gram, gram, gram, rows=4800))
+        == rounding_damp(Moments(gram, gram, gram))
+        == 0.1
+    )
+    source, table = _linear(tmp_path), tmp_path / "t.npz"
+    path, x = _data(tmp_path, 6)
+    chosen = _with("int4-rtn", *STEPS)
+    onnxq.quantize(source, tmp_path / "a.onnx", recipe=chosen, calib=path, save_calib=table)
+    seen: list[int] = []
+    for name, options in (("b", {"load_calib": [table]}), ("c", {"calib": path})):
+        steps = STEPS if name == "b" else ("sequential", *STEPS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                solving, "_power", lambda weight, parts: seen.extend(m.rows for m in parts) or 1.0
+            )
+            chosen = _with("int4-rtn", *steps)
+            onnxq.quantize(source, tmp_path / f"{name}.onnx", recipe=chosen, **options)
+    assert seen == [x.size // 96] * 4
 
 
 def test_going_layer_by_layer_makes_up_for_the_layers_before(tmp_path: Path) -> None:

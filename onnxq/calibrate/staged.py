@@ -7,6 +7,7 @@ two forward passes, however many layers there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
@@ -142,9 +143,11 @@ class _Form:
         self.name, self._known = name, full
         self._own = tuple(cast("Gram | Patches", make(name)[name]) for _ in range(2))
         self._cross: dict[int, _Cross] = {}
+        self._rows = 0
 
     def update(self, values: Sequence[Array]) -> None:
         """One sample's values in full precision and, once there are some, behind rounded layers."""
+        self._rows += math.prod(values[0].shape[:-1])
         for i, each in enumerate(values):
             if i > 0 or self._known is None:
                 self._own[i].update(each)
@@ -157,13 +160,14 @@ class _Form:
         """The moments; one thing three times where no layer rounded so far lies before."""
         full = self._own[0].matrices if self._known is None else self._known
         patches = isinstance(self._own[0], Patches)
+        rows = 0 if patches else self._rows
         if not reached:
-            return tuple(Moments(H, H, H, patches) for H in full)
+            return tuple(Moments(H, H, H, patches, rows) for H in full)
         rounded = self._own[1].matrices
         found = zip(
             full, rounded, (self._cross[g].matrix for g in sorted(self._cross)), strict=True
         )
-        return tuple(Moments(*each, patches) for each in found)
+        return tuple(Moments(*each, patches, rows) for each in found)
 
 
 class _Cross:

@@ -176,6 +176,11 @@ class CalibrationTable:
             raise _not_calibrated("the Gram matrix", tensor)
         return found.matrices
 
+    def rows_seen(self, tensor: str) -> int:
+        """How many rows the Gram matrix of a tensor is of; 0 where it has none."""
+        found = self.of(tensor).get(Gram.name)
+        return found.count if isinstance(found, Gram) else 0
+
     def rows(self, tensor: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Rows of `tensor` [n, channels], and how many of all its rows each stands for [n].
 
