@@ -69,13 +69,13 @@ class NodeCoverage:
 class Coverage:
     """All nodes in all profiles, and what the engine holds beside them.
 
-    `quantize_alone` and `dequantize_alone` name kernels whose only job is a Q or a DQ that no
-    other kernel took up; `weight_bytes` are the constants of the first profile by dtype.
+    `quantize_alone` and `dequantize_alone` are kernels whose only job is a Q or a DQ that no other
+    kernel took up: name and why; `weight_bytes` are the constants of the first profile by dtype.
     """
 
     nodes: tuple[NodeCoverage, ...]
-    quantize_alone: tuple[str, ...] = ()
-    dequantize_alone: tuple[str, ...] = ()
+    quantize_alone: Mapping[str, str] = field(default_factory=dict)
+    dequantize_alone: Mapping[str, str] = field(default_factory=dict)
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -119,8 +119,8 @@ class Coverage:
                 }
                 for entry in self.missed
             ],
-            "quantize_alone": list(self.quantize_alone),
-            "dequantize_alone": list(self.dequantize_alone),
+            "quantize_alone": dict(self.quantize_alone),
+            "dequantize_alone": dict(self.dequantize_alone),
         }
 
     def summary(self) -> list[str]:
@@ -142,6 +142,8 @@ class Coverage:
             f"left alone: {len(self.quantize_alone)} quantize, "
             f"{len(self.dequantize_alone)} dequantize kernels"
         )
+        reasons = Counter([*self.quantize_alone.values(), *self.dequantize_alone.values()])
+        lines += [f"  {count}: {reason}" for reason, count in reasons.most_common()]
         sizes = ", ".join(f"{dtype} {size:,}" for dtype, size in self.weight_bytes.items())
         lines.append(f"weights in bytes: {sizes or '-'}")
         return lines
@@ -169,8 +171,8 @@ def cover(
                 found.append(_cover_multiply(node, view, index))
     return Coverage(
         nodes=tuple(found),
-        quantize_alone=tuple(x.name for x in layers if kernels.is_alone(x, quantize=True)),
-        dequantize_alone=tuple(x.name for x in layers if kernels.is_alone(x, quantize=False)),
+        quantize_alone=_alone(layers, quantize=True),
+        dequantize_alone=_alone(layers, quantize=False),
         weight_bytes=kernels.weight_bytes(layers),
     )
 
@@ -202,6 +204,31 @@ class _View:
             if kernels.only_moves(reader):
                 found += [r for t in reader.outputs for r in self.reading.get(t.name, [])]
         return found
+
+
+def _alone(layers: Sequence[EngineLayer], *, quantize: bool) -> dict[str, str]:
+    """Kernels that do a Q or a DQ and nothing else, and why no other took it up."""
+    views = {p: _View([x for x in layers if x.profile == p]) for p in {x.profile for x in layers}}
+    return {
+        layer.name: _why_alone(layer, views[layer.profile])
+        for layer in layers
+        if kernels.is_alone(layer, quantize=quantize)
+    }
+
+
+def _why_alone(layer: EngineLayer, view: _View) -> str:
+    read = next((t for t in layer.inputs if t.elements != 1), None)
+    maker = view.making.get(read.name) if read is not None else None
+    if read is None or maker is None:
+        return "reads an input of the engine or a constant"
+    readers = len(view.reading[read.name])
+    if kernels.multiplies(maker):
+        dtype = kernels.multiply_dtype(maker)
+        return f"behind a product in {dtype}" + (" that several cut up" if readers > 1 else "")
+    words = ", ".join(kernels.operations(maker)) or maker.kind
+    if readers > 1:
+        return f"behind {words}, which others read in {read.dtype}"
+    return f"behind {words}, which does not take it up"
 
 
 def _cover_multiply(node: WeightedNode, view: _View, profile: int) -> NodeCoverage:

@@ -160,7 +160,7 @@ def test_an_expanded_weight_is_named_with_its_kernel() -> None:
     multiply = layer("a_myl0_1", "gemm", "x fp16 -1,64; e fp16 64,96", SCALARS, "y fp16 -1,96", "a")
     coverage = cover([expand, multiply], [WeightedNode("a", "gemm", "fp8")])
     assert "expanded to fp16 by __myl_CastMul_myl0_0 on every call" in only(coverage)[1]
-    assert coverage.dequantize_alone == ("__myl_CastMul_myl0_0",)
+    assert list(coverage.dequantize_alone) == ["__myl_CastMul_myl0_0"]
 
 
 def test_a_multiplication_inside_an_elementwise_kernel_is_said() -> None:
@@ -310,11 +310,36 @@ def test_the_summary_counts_nodes_and_bytes() -> None:
     assert coverage.summary() == [
         "GEMM 2 fp8, 1 fp16; convolution -; attention -",
         "left alone: 1 quantize, 0 dequantize kernels",
+        "  1: reads an input of the engine or a constant",
         "weights in bytes: fp8 6,144, fp16 1,282, fp32 8",
     ]
     assert coverage.to_json()["counts"] == [
         {"gemm": {"fp8": 2, "fp16": 1}, "conv": {}, "attention": {}}
     ]
+
+
+def test_what_quantizes_alone_has_a_reason() -> None:
+    quantize = ("__myl_MulCast_myl0_{}", "kgen", "{} fp16 -1,64", "c fp16 1", "{} fp8 -1,64")
+    made = [
+        layer("a_myl0_1", "gemm", "x fp8 -1,64", f"w fp8 64,64; {SCALARS}", "a fp16 -1,64", "a"),
+        layer("b_myl0_2", "gemm", "x fp8 -1,64", f"w fp8 64,64; {SCALARS}", "b fp16 -1,64", "b"),
+        layer("__myl_Gnor_myl0_3", "kgen", "i fp16 -1,64", "", "n fp16 -1,64", "n"),
+        layer("__myl_MulAdd_myl0_4", "kgen", "i fp16 -1,64", "g fp16 64", "s fp16 -1,64", "s"),
+        layer("__myl_Silu_myl0_5", "kgen", "s fp16 -1,64", "", "u fp16 -1,64", "u"),
+    ]
+    for number, (source, out) in enumerate(zip("abbnsi", "pqrtvw", strict=True), 6):
+        name, kind, read, scale, wrote = quantize
+        kernel = layer(name.format(number), kind, read.format(source), scale, wrote.format(out))
+        made.append(kernel)
+    coverage = cover(made, [])
+    assert list(coverage.quantize_alone.values()) == [
+        "behind a product in fp8",
+        *["behind a product in fp8 that several cut up"] * 2,
+        "behind Gnor, which does not take it up",
+        "behind Mul, Add, which others read in fp16",
+        "reads an input of the engine or a constant",
+    ]
+    assert "  2: behind a product in fp8 that several cut up" in coverage.summary()
 
 
 def test_a_constant_two_layers_share_counts_once() -> None:
