@@ -12,6 +12,7 @@ import pytest
 from core_graphs import Net, run, snr
 
 import onnxq
+from onnxq.algorithms.smoothquant import Trial
 from onnxq.clipping import candidates
 from onnxq.formats import quant_format
 from onnxq.recipe import load
@@ -34,10 +35,15 @@ def _rows() -> tuple[np.ndarray, np.ndarray]:
     return rows, counts
 
 
+def _trial(rows: np.ndarray, counts: np.ndarray, peaks: np.ndarray | None = None) -> Trial:
+    """Judged by the rows that may be looked at."""
+    return Trial(rows, counts, np.abs(rows).max(0) if peaks is None else peaks, rows, counts)
+
+
 def test_dynamic_scales_are_each_rows_own() -> None:
     rows, counts = _rows()
-    quantized = input_rounding(load("int8-smoothquant-dynamic"), np.abs(rows).max(0), counts)
-    (found,) = quantized(rows, np.ones(16))
+    quantized = input_rounding(load("int8-smoothquant-dynamic"))
+    (found,) = quantized(_trial(rows, counts), np.ones(16))
     step = np.abs(rows).max(axis=1, keepdims=True) / 127
     np.testing.assert_allclose(found, _nearest(rows, step), atol=1e-5 * 50)
 
@@ -46,7 +52,7 @@ def test_the_calibrator_max_knows_peaks_that_no_row_has() -> None:
     rows, counts = _rows()
     peaks, s = np.abs(rows).max(0) * 3, np.linspace(0.5, 2, 16)
     chosen = replace(load("int8-smoothquant"), calibrator="max", center=False)
-    (found,) = input_rounding(chosen, peaks, counts)((rows / s).astype(np.float32), s)
+    (found,) = input_rounding(chosen)(_trial(rows, counts, peaks), s)
     step = np.float32((peaks / s).max() / 127)
     np.testing.assert_allclose(found, _nearest((rows / s).astype(np.float32), step), atol=1e-4)
 
@@ -54,7 +60,7 @@ def test_the_calibrator_max_knows_peaks_that_no_row_has() -> None:
 def test_the_calibrator_output_is_tried_from_the_loudest_row_to_the_ordinary_ones() -> None:
     rows, counts = _rows()
     chosen = replace(load("int8-smoothquant"), calibrator="output", center=False)
-    found = input_rounding(chosen, np.abs(rows).max(0), counts)(rows, np.ones(16))
+    found = input_rounding(chosen)(_trial(rows, counts), np.ones(16))
     whole, usual = np.abs(rows).max(), np.abs(np.delete(rows, 7, 0)).max()
     for got, top in zip(found, (whole, np.sqrt(whole * usual), usual), strict=True):
         np.testing.assert_allclose(got, _nearest(rows, top / 127), atol=1e-4)
@@ -64,8 +70,9 @@ def test_histograms_count_what_rows_stand_for() -> None:
     """At 99 % the loud row, one of 631, is clipped; if all rows were alike it would not be."""
     rows, counts = _rows()
     chosen = replace(load("int8-smoothquant"), calibrator="percentile:99", center=False)
-    (found,) = input_rounding(chosen, np.abs(rows).max(0), counts)(rows, np.ones(16))
-    every = np.repeat(np.abs(rows), counts.astype(int), axis=0)
+    (found,) = input_rounding(chosen)(_trial(rows, counts), np.ones(16))
+    peaks = np.abs(rows).max(0, keepdims=True)  # counted once more
+    every = np.concatenate([np.repeat(np.abs(rows), counts.astype(int), axis=0), peaks])
     top = np.quantile(every, 0.99, method="inverted_cdf")
     assert np.abs(found).max() == pytest.approx(top, rel=0.02)
 

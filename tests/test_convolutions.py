@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from onnxq.layouts import layout_of
 from onnxq.recipe import Recipe, from_dict
 from onnxq.sites import find_sites
 from onnxq.unfolding import Unfolding
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 Array = NDArray[Any]
 
@@ -233,18 +238,23 @@ def test_gptq_lowers_the_error_of_every_convolution(
     assert codes[0] == codes[1]
 
 
-def test_what_the_memory_does_not_hold_is_pruned_by_magnitude(tmp_path: Path) -> None:
+def test_what_the_memory_does_not_hold_is_pruned_by_magnitude(tmp_path: Path, cli: Cli) -> None:
     """4608 inputs: 85 MB of second moments, ten times that to work with."""
     path = _conv(tmp_path, (1, 512, 4, 4), (8, 512, 3, 3), pads=[1, 1, 1, 1])
     np.savez(tmp_path / "d.npz", x=np.ones((1, 512, 4, 4), np.float32))
     plain, within = tmp_path / "plain.onnx", tmp_path / "within.onnx"
     onnxq.prune(path, plain)
-    done = onnxq.prune(path, within, calib=tmp_path / "d.npz", memory=1_500_000_000)
-    (edit,) = [e for e in done.report.edits if e.step == "sparsify"]
-    assert (edit.verb, edit.target) == ("magnitude", "/conv")
-    assert edit.reason.startswith("the second moments of its 4608 inputs take 0.8 GB to work with")
+    said = tmp_path / "report.json"
+    given = ("-o", within, "--calib", tmp_path / "d.npz", "--memory", "1500MB", "--report", said)
+    done = cli("prune", path, *given)  # in a process of its own, whose memory it is
+    assert done.returncode == 0, done.stderr
+    report = json.loads(said.read_text())
+    (edit,) = [e for e in report["edits"] if e["step"] == "sparsify"]
+    assert (edit["verb"], edit["target"]) == ("magnitude", "/conv")
+    reason = "the second moments of its 4608 inputs take 0.8 GB to work with"
+    assert edit["reason"].startswith(reason)
     np.testing.assert_array_equal(_weight(within), _weight(plain))
-    assert done.report.facts["calibrated"]["peak_rss"] < 1_500_000_000
+    assert report["calibrated"]["peak_rss"] < 1_500_000_000
 
 
 @pytest.mark.parametrize("steps", [("gptq",), ("sequential", "gptq")])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -76,6 +76,7 @@ class Division:
         watched: {tensor asked for: bytes its statistics keep meanwhile}.
         samples: how many will run; the more, the dearer is what crosses a cut.
         throughout: bytes of statistics that stay in memory all the time.
+        probed: tensors of which a largest value is taken in the graph.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Division:
         watched: Mapping[str, int],
         samples: int = 1,
         throughout: int = 0,
+        probed: Collection[str] = (),
     ) -> None:
         self._always = _SESSION + throughout
         self._steps, self._watched, self._samples = pieces.steps, watched, max(samples, 1)
@@ -98,6 +100,11 @@ class Division:
             for name in step.makes
             if (held := watched.get(name)) is not None
         }
+        for step in self._steps:
+            # A probe frees what it reads at once; what was cast waits, and is cast back for it.
+            for name in step.makes:
+                if name in probed and (copy := self._copy(name, step.op, sizes)):
+                    self._kept[name] = self._fetched[name] + 2 * copy
         self._weights = {
             name: (pieces.weight_bytes(name), pieces.is_half(name))
             for step in self._steps

@@ -154,7 +154,7 @@ def divide(
     """The model as far as the tensors need it, in steps, and what cutting it costs.
 
     Args:
-        watched: {tensor to fetch: statistics}.
+        watched: {tensor to fetch: statistics}; the other tensors are probed.
         samples: the largest says how large everything is.
     """
     feed = samples.largest()
@@ -169,7 +169,8 @@ def divide(
                 held[name] += statistic.bytes_for(channels[name])
             elif isinstance(statistic, LARGE):
                 throughout += statistic.bytes_for(channels[name])
-    return pieces, Division(pieces, sizes, held, len(samples), throughout)
+    probed = frozenset(tensors) - watched.keys()
+    return pieces, Division(pieces, sizes, held, len(samples), throughout, probed)
 
 
 def _measured(model: Model, names: Sequence[str], feed: Feed) -> dict[str, tuple[int, ...]]:

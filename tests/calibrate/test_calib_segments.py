@@ -209,6 +209,9 @@ def test_fp16_that_is_asked_for_waits_beside_what_it_was_cast_from() -> None:
         plain = Division(steps, shapes, {}).whole().memory  # type: ignore[arg-type]
         asked = Division(steps, shapes, {"a": 0}).whole().memory  # type: ignore[arg-type]
         assert asked - plain == 1_500_000 + copies * 3_000_000
+        # A probe frees what it reads, unless that was cast: then it is cast back for the probe too.
+        probed = Division(steps, shapes, {}, probed=("a",)).whole().memory  # type: ignore[arg-type]
+        assert probed - plain == copies * (1_500_000 + 2 * 3_000_000)
 
 
 MODELS = {
