@@ -260,3 +260,15 @@ def test_alternating_has_the_pattern_and_beats_the_sweep() -> None:
     _, other = sparsegpt(Sweep(H, group=4, damp=0.1), W, TWO_OF_FOUR)
     errors = [_error(refit(W, k, damped(H, 0.01)), W, H) for k in (keep, other)]
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_on_correlated_inputs_alps_halves_what_sparsegpt_loses(seed: int) -> None:
+    """H of an AR(1) process, rho .9; one pass, or passes without what is owed, lose twice SparseGPT's."""
+    places = np.arange(64)
+    H = 0.9 ** np.abs(np.subtract.outer(places, places))
+    W = _weight(64, 48, seed)
+    swept, _ = sparsegpt(Sweep(H, group=4), W, TWO_OF_FOUR)
+    values, keep = alps(W, H, TWO_OF_FOUR)
+    assert _error(values, W, H) < 0.6 * _error(swept, W, H)
+    assert _error(values, W, H) < 1.05 * _error(refit(W, keep, H), W, H)  # of that mask the best
