@@ -264,7 +264,7 @@ def test_alternating_has_the_pattern_and_beats_the_sweep() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_on_correlated_inputs_alps_halves_what_sparsegpt_loses(seed: int) -> None:
-    """H of an AR(1) process, rho .9; one pass, or passes without what is owed, lose twice SparseGPT's."""
+    """H of an AR(1) process, rho .9; one pass, or passes without duals, lose twice SparseGPT's."""
     places = np.arange(64)
     H = 0.9 ** np.abs(np.subtract.outer(places, places))
     W = _weight(64, 48, seed)
