@@ -8,6 +8,7 @@ TEST := .venv-test
 EXPORT := .venv-export
 SMOLLM2 := $(OUT)/smollm2-fp32
 WIKI := $(OUT)/wiki
+RESULT := $(OUT)/demo
 EXPORTED := minilm minilm-legacy smollm2-torch smollm2-torch-fp16 smollm2-torch-decode \
     sdxl-unet-tiny-fp16 sdxl-unet-tiny-fp16-dynamic sdxl-unet-full-fp16
 SHAPES := --shapes input_ids:1x1,1x256,4x512 --shapes attention_mask:1x1,1x256,4x512
@@ -20,26 +21,31 @@ export OMP_NUM_THREADS ?= 1
 # Tests at a time: each takes up to 4 GB.
 JOBS ?= 2
 
-.PHONY: demo test check models bench bench-peers clean
+.PHONY: demo test check models bench bench-peers clean room-demo room-models room-test
 
-demo: $(DEMO)/ready
+demo: room-demo $(DEMO)/ready
+	mkdir -p $(RESULT)
 	$(DEMO)/bin/python -m models.smollm2
 	$(DEMO)/bin/python -m models.wiki
-	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(OUT)/demo/model.fp8.onnx --recipe fp8-gptq \
+	$(DEMO)/bin/onnxq quantize $(SMOLLM2)/model.onnx -o $(RESULT)/model.fp8.onnx --recipe fp8-gptq \
 	    $(TEXT) $(WIKI)/wiki_calib.txt --samples $(SAMPLES) \
-	    --report $(OUT)/demo/quantize.json
-	$(DEMO)/bin/onnxq build $(OUT)/demo/model.fp8.onnx -o $(OUT)/demo/model.plan --target sm89 \
-	    $(SHAPES) --strict --report $(OUT)/demo/build.json
-	$(DEMO)/bin/onnxq compare $(SMOLLM2)/model.onnx $(OUT)/demo/model.fp8.onnx \
-	    $(TEXT) $(WIKI)/wiki_eval.txt --samples 4 --report $(OUT)/demo/compare.json
-	$(DEMO)/bin/onnxq evaluate perplexity $(OUT)/demo/model.fp8.onnx \
+	    --report $(RESULT)/quantize.json
+	$(DEMO)/bin/onnxq build $(RESULT)/model.fp8.onnx -o $(RESULT)/model.plan --target sm89 \
+	    $(SHAPES) --strict --report $(RESULT)/build.json
+	$(DEMO)/bin/onnxq compare $(SMOLLM2)/model.onnx $(RESULT)/model.fp8.onnx \
+	    $(TEXT) $(WIKI)/wiki_eval.txt --samples 4 --report $(RESULT)/compare.json
+	$(DEMO)/bin/onnxq evaluate perplexity $(RESULT)/model.fp8.onnx \
 	    --reference $(SMOLLM2)/model.onnx $(TEXT) $(WIKI)/wiki_eval.txt --limit $(WINDOWS) \
-	    --report $(OUT)/demo/perplexity.json
-	$(DEMO)/bin/python -m tools.demo_table $(OUT)/demo
+	    --report $(RESULT)/perplexity.json
+	$(DEMO)/bin/python -m tools.demo_table $(RESULT)
 
 # A file's tests stay in one process: they share what they compiled.
-test: check models
+test: room-test check models
 	$(TEST)/bin/python -m pytest -q -n $(JOBS) --dist loadfile
+
+# Fails at once, with one line, where the disk is too small.
+room-demo room-models room-test: room-%:
+	$(PYTHON) -m tools.room $*
 
 # Style and types, before anything slow.
 check: $(TEST)/ready
@@ -49,7 +55,7 @@ check: $(TEST)/ready
 
 # The models the tests use; what is there already is not built again. Exporting needs torch, which
 # onnxq itself never does: it has an environment of its own.
-models: $(TEST)/ready
+models: room-models $(TEST)/ready
 	$(TEST)/bin/python -m models.wiki
 	$(TEST)/bin/python -m models.smollm2
 	$(TEST)/bin/python -m models.smollm2 --dtype fp16
@@ -84,7 +90,6 @@ bench-peers: models
 $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/pip install -q '.[cpu]' 'gguf>=0.10' 'rich>=13.7'
-	mkdir -p $(OUT)/demo
 	touch $@
 
 $(TEST)/ready: pyproject.toml

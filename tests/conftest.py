@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def models() -> Path:
     """Where `make models` puts the real models; a test that needs one fails without it."""
     assert (MODELS / "minilm/model.onnx").exists(), "run `make models` first"
     return MODELS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _module_leaves_nothing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Remove the folders a module's fixtures made, where all its tests passed.
+
+    pytest removes those of single tests (`tmp_path`) itself, these only when the run is over.
+    """
+    root, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(root.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for path in set(root.iterdir()) - before:
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

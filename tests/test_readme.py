@@ -81,7 +81,7 @@ def test_demo(tmp_path: Path) -> None:
     On a quarter of the text, whose ratio is the same: 1.018.
     """
     done = subprocess.run(
-        ["make", "demo", f"DEMO={tmp_path}/venv", "SAMPLES=16", "WINDOWS=4"],
+        ["make", "demo", f"DEMO={tmp_path}/venv", f"RESULT={tmp_path}", "SAMPLES=16", "WINDOWS=4"],
         cwd=ROOT,
         capture_output=True,
         text=True,
