@@ -14,8 +14,9 @@ from onnxq import files
 from onnxq.engine import commands, kernels
 from onnxq.engine.backends import Backend, choose, parse_targets
 from onnxq.engine.child import compile_all
-from onnxq.engine.coverage import Coverage, WeightedNode, cover
+from onnxq.engine.coverage import Coverage, WeightedNode
 from onnxq.engine.layers import EngineLayer
+from onnxq.engine.matching import cover
 from onnxq.engine.protocol import Outcome, Request
 from onnxq.engine.shapes import EngineInput, Profile, parse_shapes
 from onnxq.errors import OnnxqError

@@ -11,8 +11,9 @@ from engine_graphs import Form
 from onnxq.engine.backends import BACKENDS
 from onnxq.engine.build import read_shapes
 from onnxq.engine.child import compile_all
-from onnxq.engine.coverage import Coverage, cover
+from onnxq.engine.coverage import Coverage
 from onnxq.engine.layers import EngineLayer
+from onnxq.engine.matching import cover
 from onnxq.engine.protocol import Outcome, Request
 from onnxq.errors import OnnxqError
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from onnxq.engine.coverage import Coverage, WeightedNode, cover
+from onnxq.engine.coverage import Coverage, WeightedNode
 from onnxq.engine.kernels import multiply_dtype, weight_bytes
 from onnxq.engine.layers import EngineLayer, Tensor
+from onnxq.engine.matching import cover
 from onnxq.engine.shapes import parse_shapes
 
 

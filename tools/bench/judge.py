@@ -68,8 +68,9 @@ def outputs(case: Case, model: Path, folder: Path) -> dict[str, Any]:
 def compiled(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     """Whether it compiles, and the share of the original's matrix FLOPs by format."""
     from onnxq.engine.build import build
-    from onnxq.engine.coverage import WeightedNode, cover
+    from onnxq.engine.coverage import WeightedNode
     from onnxq.engine.expected import expected_products
+    from onnxq.engine.matching import cover
     from onnxq.engine.shapes import parse_shapes
     from onnxq.errors import OnnxqError
     from onnxq.graph.model import Model

@@ -16,8 +16,9 @@ from onnx import TensorProto
 from onnxq.engine.backends import BACKENDS
 from onnxq.engine.build import read_shapes
 from onnxq.engine.child import compile_all
-from onnxq.engine.coverage import WEIGHTS_ALONE, NodeCoverage, WeightedNode, cover
+from onnxq.engine.coverage import WEIGHTS_ALONE, NodeCoverage, WeightedNode
 from onnxq.engine.layers import EngineLayer
+from onnxq.engine.matching import cover
 from onnxq.engine.protocol import Answer, Outcome, Request
 from onnxq.errors import OnnxqError
 
