@@ -98,6 +98,17 @@ def pruned(content: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset(done - found.get(("sparsify", "leave"), set()))
 
 
+def left(model: Model) -> dict[str, str]:
+    """Why a recorded run left sites as they were, by their names; empty without a record."""
+    edits = (read(model) or {}).get("edits")
+    return {
+        str(name): str(e.get("reason", ""))
+        for e in (edits if isinstance(edits, list) else ())
+        if isinstance(e, dict) and (e.get("step"), e.get("verb")) == ("emit", "leave")
+        for name in e.get("targets", ())
+    }
+
+
 def erase(model: Model) -> None:
     """Take out the record of an earlier run."""
     kept = [e for e in model.header.metadata_props if e.key != KEY]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
+    from onnxq.engine.coverage import Coverage
     from onnxq.linting.finding import Finding
     from onnxq.results import (
         Built,
@@ -305,13 +306,7 @@ def built_lines(result: Built) -> list[str]:
     if facts["sparse"]:
         said = facts["sparsity"] or ["allowed; what is chosen, the compiler says where the GPU is"]
         lines += [f"  sparse weights: {line}" for line in said]
-    reasons: dict[str, list[str]] = {}
-    for missed in coverage.missed:
-        text = f"wanted {missed.node.wanted}, ran in {missed.ran}: {missed.reason}"
-        reasons.setdefault(text, []).append(missed.node.name)
-    for text, names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:_SHOWN]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"  {names[0]}{more}: {text}")
+    lines += [*_missed_lines(coverage), *_left_lines(coverage)]
     if result.predicted is not None:
         lines += [f"  {line}" for line in result.predicted.lines()]
     lines += ["on the GPU machine:", *(f"  {command}" for command in facts["commands"])]
@@ -319,6 +314,46 @@ def built_lines(result: Built) -> list[str]:
         f"wrote {facts['engine']}: {megabytes(facts['engine_bytes'])}, and {facts['engine']}.json"
     )
     return lines + _notes(dict.fromkeys(result.report.notes))
+
+
+def _missed_lines(coverage: Coverage) -> Iterable[str]:
+    """What did not run as its codes ask, by reason."""
+    said = [
+        (f"wanted {entry.node.wanted}, ran in {entry.ran}: {entry.reason}", entry.node.name)
+        for entry in coverage.missed
+    ]
+    for reason, names in _most_first(said):
+        yield f"  {_some(names, 1)}: {reason}" if names else f"  {reason}"
+
+
+def _left_lines(coverage: Coverage) -> Iterable[str]:
+    """What a quantized file has no codes for, by reason."""
+    from onnxq.engine.coverage import TITLES
+
+    said = [
+        (f"{TITLES[entry.node.kind]} in {entry.ran}: {entry.node.left}", entry.node.name)
+        for entry in coverage.left
+        if entry.profile == 0
+    ]
+    for reason, names in _most_first(said):
+        yield f"  left {len(names)} {reason} ({_some(names, 2)})" if names else f"  {reason}"
+
+
+def _most_first(said: Iterable[tuple[str, str]]) -> Iterable[tuple[str, list[str]]]:
+    """Names by what is said of them, that of most names first; at last how much is not shown."""
+    groups: dict[str, list[str]] = {}
+    for reason, name in said:
+        groups.setdefault(reason, []).append(name)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    yield from ordered[:_SHOWN]
+    if len(ordered) > _SHOWN:
+        yield f"{len(ordered) - _SHOWN} more reasons (in the report)", []
+
+
+def _some(names: list[str], shown: int) -> str:
+    """`a, b and 3 more`."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def checked_lines(result: Checked) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
 from onnxq.recipe import load
 from onnxq.samples import Data
+from onnxq.terminal import built_lines
 from tools.bench.flops import model_flops
 
 SMOLLM2_SHAPES = ["input_ids:1x{0},1x256,4x512", "attention_mask:1x{0},1x256,4x512"]
@@ -179,6 +181,13 @@ def test_sdxl_tiny(recipe: str, models: Path, folder: Path) -> None:
         "conv": {form: 49, "fp16": 2},
         "attention": {"fused fp16": 34},
     }
+    assert built.coverage is not None
+    left = Counter(entry.node.left.partition(",")[0] for entry in built.coverage.left)
+    assert left == {
+        "attention is left by the recipe": 34,
+        "thin: 4 -> 32 channels": 1,
+        "thin: 32 -> 4 channels": 1,
+    }
     assert built.predicted is not None  # from the kernels' shapes; the other from the nodes' own
     predicted = sum(share.flops for share in built.predicted.times[0].shares)
     assert predicted == _flops(source)
@@ -213,6 +222,30 @@ def test_a_trained_cnn_without_data(
     assert built.passed
     assert built.report.facts["products"]["conv"][form] == convolutions
     assert built.report.facts["products"]["gemm"][form] == 8  # the recognizer's head is left
+
+
+def test_a_layer_left_in_16_bits_is_named_with_its_reason(folder: Path) -> None:
+    """One by a rule, one with too few rows for a fast kernel; nothing of a file without codes."""
+    net = Net(dtype=np.float16)
+    x = net.input("x", ["batch", 64, 128])
+    kept = net.op("Relu", net.op("MatMul", x, net.weight("up", 128, 256), name="/up"))
+    ruled = net.op("Relu", net.op("MatMul", kept, net.weight("down", 256, 128), name="/down"))
+    net.output(net.op("MatMul", ruled, net.weight("few", 128, 8), name="/few"))
+    source, made = net.save(folder / "net.onnx"), folder / "model.onnx"
+    onnxq.quantize(source, made, recipe="fp8-dynamic", rules=["leave node=/down"])
+    shapes = ["x:1x64x128,4x64x128,8x64x128"]
+    built = onnxq.build(made, folder / "model.plan", shapes=shapes, strict=True)
+    assert built.passed and built.coverage is not None
+    said = {
+        "/down": "left by the rule 'leave node=/down'",
+        "/few": "thin: 128 x 8, no fast 8-bit kernel below 16",
+    }
+    listed = built.report.facts["coverage"]["left"]
+    assert {entry["node"]: entry["reason"] for entry in listed} == said
+    for name, reason in said.items():
+        assert f"  left 1 GEMM in fp16: {reason} ({name})" in built_lines(built)
+    plain = onnxq.build(source, folder / "plain.plan", shapes=shapes)
+    assert plain.report.facts["coverage"]["left"] == []
 
 
 STEPPED = {

@@ -13,7 +13,9 @@ import pytest
 from core_graphs import Net
 
 import onnxq
+from onnxq import record
 from onnxq.errors import OnnxqError
+from onnxq.graph.model import Model
 
 
 def _net(folder: Path, name: str, seed: int = 0, width: int = 64) -> Path:
@@ -135,3 +137,16 @@ def test_the_engine_is_built_sparse_where_the_record_says_so(
         with pytest.raises(OnnxqError, match="enough"):
             onnxq.build(model, **options)
     assert asked == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "edits", [None, 3, ["x"], [{}], [{"step": "emit", "verb": "leave"}], {"step": "emit"}]
+)
+def test_a_record_of_another_form_says_of_no_layer_why_it_was_left(
+    tmp_path: Path, edits: Any
+) -> None:
+    model = onnx.load(_net(tmp_path, "a"))
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "onnxq", json.dumps({"edits": edits})
+    onnx.save(model, tmp_path / "odd.onnx")
+    assert record.left(Model.load(tmp_path / "odd.onnx")) == {}

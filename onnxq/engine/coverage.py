@@ -16,6 +16,7 @@ from typing import Any, Literal
 from onnxq.engine import kernels
 
 Kind = Literal["gemm", "conv", "attention"]
+TITLES: dict[Kind, str] = {"gemm": "GEMM", "conv": "convolution", "attention": "attention"}
 
 WEIGHTS_ALONE = " weights"
 
@@ -26,13 +27,14 @@ class WeightedNode:
 
     `wanted` is a dtype word: `fp8`, `int8`, `fp4`, `fp16`, ..., or `int4 weights` where the other
     operand stays wide. For attention `name` is a label, and `parts` are the names of its first
-    MatMul, its Softmax and its second MatMul.
+    MatMul, its Softmax and its second MatMul. `left` is why the file does not quantize it.
     """
 
     name: str
     kind: Kind
     wanted: str
     parts: tuple[str, ...] = ()
+    left: str = ""
 
     @property
     def narrow(self) -> bool:
@@ -85,20 +87,25 @@ class Coverage:
         """
         return tuple(entry for entry in self.nodes if not entry.as_wanted)
 
+    @property
+    def left(self) -> tuple[NodeCoverage, ...]:
+        """The nodes that a quantized file itself leaves wide, and that ran so.
+
+        None of a file that quantizes nothing.
+        """
+        quantized = any(entry.node.narrow for entry in self.nodes)
+        return tuple(e for e in self.nodes if quantized and e.as_wanted and not e.node.narrow)
+
     def counts(self, profile: int = 0) -> dict[str, dict[str, int]]:
         """Nodes by kind and by what they ran in: `{"gemm": {"fp8": 210, "fp16": 1}, ...}`."""
-        table: dict[str, Counter[str]] = {
-            "gemm": Counter(),
-            "conv": Counter(),
-            "attention": Counter(),
-        }
+        table: dict[str, Counter[str]] = {kind: Counter() for kind in TITLES}
         for entry in self.nodes:
             if entry.profile == profile:
                 table[entry.node.kind][entry.ran] += 1
         return {kind: dict(counter.most_common()) for kind, counter in table.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Counts by profile, then every node that did not run as it was meant to."""
+        """Counts by profile; every node that did not run as it was meant to, or was left wide."""
         profiles = sorted({entry.profile for entry in self.nodes})
         return {
             "complete": self.complete,
@@ -113,6 +120,16 @@ class Coverage:
                 }
                 for entry in self.missed
             ],
+            "left": [
+                {
+                    "node": entry.node.name,
+                    "kind": entry.node.kind,
+                    "profile": entry.profile,
+                    "ran": entry.ran,
+                    "reason": entry.node.left,
+                }
+                for entry in self.left
+            ],
             "quantize_alone": dict(self.quantize_alone),
             "dequantize_alone": dict(self.dequantize_alone),
         }
@@ -123,14 +140,7 @@ class Coverage:
         lines = []
         for profile in profiles:
             counts = self.counts(profile)
-            line = "; ".join(
-                f"{title} {_listed(counts[kind])}"
-                for kind, title in (
-                    ("gemm", "GEMM"),
-                    ("conv", "convolution"),
-                    ("attention", "attention"),
-                )
-            )
+            line = "; ".join(f"{title} {_listed(counts[kind])}" for kind, title in TITLES.items())
             lines.append(f"profile {profile}: {line}" if len(profiles) > 1 else line)
         lines.append(
             f"left alone: {len(self.quantize_alone)} quantize, "

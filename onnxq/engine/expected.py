@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from onnxq.engine.coverage import WEIGHTS_ALONE, WeightedNode
+from dataclasses import replace
+
+from onnxq import record
+from onnxq.engine.coverage import WEIGHTS_ALONE, Kind, WeightedNode
 from onnxq.graph.ir import Node, Tensor
 from onnxq.graph.model import Model
 from onnxq.graph.query import producer, type_word
 from onnxq.placement import Site, find_sites
 
-_KINDS = {"linear": "gemm", "conv": "conv", "product": "gemm"}
+_UNRECORDED = "no codes in the file, which does not say why"
+_KINDS: dict[str, Kind] = {
+    "attention": "attention",
+    "linear": "gemm",
+    "conv": "conv",
+    "product": "gemm",
+}
 
 
 def expected_products(model: Model) -> list[WeightedNode]:
     """Every MatMul, Gemm, Conv and attention of the main graph, in graph order."""
-    return [_expected(site) for site in find_sites(model)]
+    reasons = record.left(model)
+    return [_expected(site, reasons.get(site.name, _UNRECORDED)) for site in find_sites(model)]
 
 
-def _expected(site: Site) -> WeightedNode:
-    if site.attention is not None:
-        attention = site.attention
-        parts = (attention.scores, attention.softmax, attention.values)
-        names = tuple(engine_name(node) for node in parts)
-        return WeightedNode(names[0], "attention", _wanted(attention.scores), names)
-    kind = _KINDS[site.kind]
-    return WeightedNode(engine_name(site.node), kind, _wanted(site.node))  # type: ignore[arg-type]
+def _expected(site: Site, left: str) -> WeightedNode:
+    names = tuple(engine_name(node) for node in site.nodes)
+    parts = names if site.attention is not None else ()
+    node = WeightedNode(names[0], _KINDS[site.kind], _wanted(site.node), parts)
+    return node if node.narrow else replace(node, left=left)
 
 
 def engine_name(node: Node) -> str:
