@@ -144,15 +144,17 @@ class _Weight:
 
     def scale(self) -> Array:
         scale, self._scale = self._scale, None
-        return self._scales(_operand(self.site).load())[0] if scale is None else scale
+        return self._scales()[0] if scale is None else scale
 
     def unit(self) -> Array:
-        scheme = self._found or self._scales(_operand(self.site).load())[1]
+        scheme = self._found or self._scales()[1]
         return np.array(scheme.unit, np.float32)
 
-    def _scales(self, values: Array) -> tuple[Array, QuantScheme]:
+    def _scales(self, values: Array | None = None) -> tuple[Array, QuantScheme]:
+        """Read from the values, if they are not at hand, where no peak is known."""
         scheme, peak = self.scheme, self.peak
         if peak is None:
+            values = _operand(self.site).load() if values is None else values
             peak = finite_peaks(self.site, values, scheme.granularity)
         if scheme.format.two_level:
             unit = numerics.tensor_unit(float(peak.max(initial=0)), scheme.format)

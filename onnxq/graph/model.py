@@ -131,6 +131,8 @@ class Model:
 
     def captured_names(self) -> set[str]:
         """Names of tensors that bodies of If, Loop and Scan read: these must stay as they are."""
+        if not self.captures:
+            return set()
         empty: frozenset[str] = frozenset()
         return {name for node in self.graph.nodes for name in self.captures.get(id(node), empty)}
 
