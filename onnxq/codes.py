@@ -11,15 +11,15 @@ casts to FP8 and FP4 alone do 0.19 G at most.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxq.formats import QuantFormat
+from onnxq.threads import spread
 
 Array = npt.NDArray[Any]
 
@@ -28,8 +28,6 @@ _PIECE = 1 << 16
 
 _PARTS_EACH = 8
 """Pieces that are worth a thread."""
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _TO_INTEGER = np.float32(1.5 * 2**23)
 _MAGNITUDE, _EXPONENT = 0x7FFFFFFF, 0x7F800000
@@ -47,21 +45,13 @@ def encode(values: Array, steps: Array, fmt: QuantFormat) -> Array:
         Codes of the format's dtype, shaped like `values`.
     """
     out = np.empty(values.shape, np.uint8)
-    parts = list(_parts(values.shape))
-    workers = min(_CORES, len(parts) // _PARTS_EACH)
-    if workers < 2:
-        _encode(values, steps, fmt, out, parts)
-        return out.view(fmt.dtype())
-    with ThreadPoolExecutor(workers) as pool:
-        shares = [parts[i::workers] for i in range(workers)]
-        waiting = [pool.submit(_encode, values, steps, fmt, out, share) for share in shares]
-        for future in waiting:
-            future.result()
+    write = partial(_encode, values, steps, fmt, out)
+    spread(write, list(_parts(values.shape)), _PARTS_EACH)
     return out.view(fmt.dtype())
 
 
 def _encode(
-    values: Array, steps: Array, fmt: QuantFormat, out: Array, parts: list[tuple[slice, ...]]
+    values: Array, steps: Array, fmt: QuantFormat, out: Array, parts: Sequence[tuple[slice, ...]]
 ) -> None:
     """The codes of some parts, each into its own place: whoever does it, the bytes are the same."""
     write = _Floats(fmt) if fmt.is_float else _Integers(fmt)

@@ -20,6 +20,7 @@ from onnxq.base import in_16_bits
 from onnxq.calibrate.rows import Rows
 from onnxq.calibrate.statistics import ChannelAmax, Gram
 from onnxq.calibrate.table import CalibrationTable
+from onnxq.formats import QuantScheme
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import Fold, find_fold
 from onnxq.graph.ir import Tensor
@@ -29,7 +30,7 @@ from onnxq.placement import Placement
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
 from onnxq.report import Edit
-from onnxq.rounding import weight_matrix
+from onnxq.rounding import refuse_infinite, weight_matrix
 from onnxq.sites import Site, current
 from onnxq.smoothing import Fit, Weights, search_factors
 from onnxq.unfinished import Unfinished
@@ -81,7 +82,8 @@ def rescale(
         if isinstance(fold, str):
             edits.append(Edit(name, "leave", tensor.name, fold))
         else:
-            weights = [weight_matrix(current(site), placement.recipe) for site in sites]
+            matrices = partial(_matrices, sites, placement.recipe)
+            weights = Weights(_loudest(fold, sites), matrices)
             fit = _fitting(fold, table, peaks)
             search = partial(_SEARCHES[name], fold, weights, placement.recipe, table, fit)
             s, said = _kept(unfinished, f"{name} {tensor.name}", fold.size, search)
@@ -158,6 +160,23 @@ def _applied(name: str, editor: Editor, fold: Fold, s: FloatArray | None, said: 
     return Edit(name, edit.verb, edit.target, f"{said}; {edit.reason}")
 
 
+def _loudest(fold: Fold, sites: Sequence[Site]) -> FloatArray:
+    """max |w| that each channel meets in the weights of its layers [K].
+
+    Raises:
+        OnnxqError: a weight is not finite.
+    """
+    found = fold.loudest()
+    for site, peaks in zip(sites, found, strict=True):
+        refuse_infinite(current(site), peaks)
+    return np.asarray(np.maximum.reduce(found))
+
+
+def _matrices(sites: Sequence[Site], recipe: Recipe) -> list[tuple[FloatArray, QuantScheme]]:
+    """W [K, N] of the layers that read one input, and how they will be stored."""
+    return [weight_matrix(current(site), recipe) for site in sites]
+
+
 def _fitting(fold: Fold, table: CalibrationTable, peaks: Mapping[str, float]) -> Fit:
     """What brings factors to within what 16 bits hold."""
     known: dict[str, FloatArray | float] = dict(peaks)
@@ -176,7 +195,7 @@ def _fitting(fold: Fold, table: CalibrationTable, peaks: Mapping[str, float]) ->
 def _awq(fold: Fold, weights: Weights, recipe: Recipe, table: CalibrationTable, fit: Fit) -> Found:
     """The factors for one input, or none; and why."""
     gram = table.gram(fold.tensor.name)
-    found, alpha = search_channel_scales(weights, gram, fold.ties())
+    found, alpha = search_channel_scales(weights.matrices(), gram, fold.ties())
     if alpha == 0:
         return None, "no factor lowers the output error"
     return fit(found), f"alpha {alpha:.2f}"

@@ -14,8 +14,10 @@ import numpy as np
 
 from onnxq import numerics
 from onnxq.errors import OnnxqError
-from onnxq.formats import Granularity, PerTensor, QuantScheme
+from onnxq.formats import Granularity, PerBlock, PerChannel, PerTensor, QuantScheme
 from onnxq.graph.query import ConstantOperand
+from onnxq.graph.scaling import peaks
+from onnxq.numerics import scale_shape
 from onnxq.recipe import Recipe
 from onnxq.schemes import granularity, summed_axis
 from onnxq.sites import Site
@@ -80,7 +82,7 @@ class Nearest:
         """
         key = (*_identity(site), granularity)
         if key not in self._peaks:
-            self._peaks[key] = finite_peaks(site, _operand(site).load(), granularity)
+            self._peaks[key] = _read_peaks(site, granularity)
         return self._peaks[key]
 
     def share(self, sites: Sequence[Site], granularity: Granularity, most: float) -> None:
@@ -191,12 +193,37 @@ def finite_peaks(site: Site, values: Array, granularity: Granularity) -> Array:
         OnnxqError: there are NaN or infinite values.
     """
     peak = numerics.peaks(values, granularity)
+    refuse_infinite(site, peak)
+    return peak
+
+
+def refuse_infinite(site: Site, peak: Array) -> None:
+    """Refuse a weight with NaN or infinite values.
+
+    Args:
+        peak: its largest magnitudes.
+
+    Raises:
+        OnnxqError: one of them is not finite.
+    """
     if not np.isfinite(peak).all():
         raise OnnxqError(
             f"weight {site.weight_name!r} of {site.name!r} holds NaN or infinite values",
             f"export a sound model, or leave the layer: --rule 'leave weight={site.weight_name}'",
         )
-    return peak
+
+
+def _read_peaks(site: Site, granularity: Granularity) -> Array:
+    """As `finite_peaks`, of the weight as it is stored; what is known of it is not read again."""
+    operand = _operand(site)
+    if isinstance(granularity, PerBlock):
+        return finite_peaks(site, operand.load(), granularity)
+    rank = len(operand.shape)
+    axis = granularity.axis % rank if isinstance(granularity, PerChannel) else -1
+    with np.errstate(over="ignore"):
+        found = peaks(operand, tuple(i == axis for i in range(rank))).astype(np.float32)
+    refuse_infinite(site, found)
+    return found.reshape(scale_shape(operand.shape, granularity))
 
 
 def _identity(site: Site) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +23,19 @@ from onnxq.report import decibels
 
 Fit = Callable[[FloatArray], FloatArray]
 Factors = Callable[[Trial], FloatArray]
-Weights = Sequence[tuple[FloatArray, QuantScheme]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Those of the layers that read one input.
+
+    Attributes:
+        loudest: max |w_j| of each of its channels, in all of them [K].
+        matrices: reads each W [K, N], and how it will be stored.
+    """
+
+    loudest: FloatArray
+    matrices: Callable[[], Sequence[tuple[FloatArray, QuantScheme]]]
 
 
 def search_factors(
@@ -31,14 +44,14 @@ def search_factors(
     """The factors for one input, None where none help; and why, in words.
 
     Args:
-        weights: W [K, N] and how it is stored, of every layer that reads it.
+        weights: of every layer that reads it; read only if there is something to search.
         fit: brings factors to within what 16 bits hold.
     """
     name = fold.tensor.name
-    peaks, values, ties = table.channels(name), [W for W, _ in weights], fold.ties()
+    peaks, ties = table.channels(name), fold.ties()
 
     def candidate(alpha: float, of: FloatArray) -> FloatArray:
-        return fit(smoothquant.factors(of, values, alpha, ties))
+        return fit(smoothquant.factors(of, weights.loudest, alpha, ties))
 
     if recipe.alpha is not None:
         return candidate(recipe.alpha, peaks), f"alpha {recipe.alpha:.2f} as the recipe says"
@@ -55,7 +68,8 @@ def search_factors(
     if recipe.mode == "static" and all(_ordinary(trial).any() for trial in trials):
         more = {f"alpha {a:.2f} of ordinary rows": by_ordinary(a) for a in smoothquant.ALPHAS}
         candidates |= more
-    found = smoothquant.search(trials, weights, candidates, input_rounding(recipe))
+    read = input_rounding(recipe)
+    found = smoothquant.search(trials, weights.matrices(), candidates, read)
     if found.alpha is None:
         return None, f"no alpha lowers the output error of {decibels(found.before)}"
     said = f"output error {decibels(found.before)} to {decibels(found.after)}"

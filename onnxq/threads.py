@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar
@@ -46,6 +46,18 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = N
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def spread(work: Callable[[Sequence[T]], R], items: Sequence[T], least: int) -> list[R]:
+    """The results of `work` on shares of the items, one a core and each of `least` or more.
+
+    Who gets which items depends on the cores: what comes of it all must not.
+    """
+    workers = min(cores(), len(items) // least)
+    if workers < 2:
+        return [work(items)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, [items[i::workers] for i in range(workers)]))
 
 
 class Once(Generic[T]):

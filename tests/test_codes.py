@@ -12,7 +12,7 @@ from core_oracle import CODES, dequantize_linear, quantize_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxq import codes, numerics
+from onnxq import codes, numerics, threads
 from onnxq.formats import FORMATS, Granularity, PerBlock, PerChannel, QuantFormat, QuantScheme
 from onnxq.graph.dtypes import from_bytes, payload_bytes, to_bytes
 
@@ -234,7 +234,7 @@ def test_pieces_and_threads_give_the_same_bytes(
     for piece in (1, 50, 96, 700):
         for cores in (1, 2, 5):
             monkeypatch.setattr(codes, "_PIECE", piece)
-            monkeypatch.setattr(codes, "_CORES", cores)
+            monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
             same_bits(numerics.quantize(values, scale, used), whole)
 
 

@@ -66,17 +66,16 @@ class Smoothing:
 
 
 def factors(
-    peaks: Matrix, weights: Sequence[Matrix], alpha: float, ties: Sequence[NDArray[np.int64]] = ()
+    peaks: Matrix, loudest: Matrix, alpha: float, ties: Sequence[NDArray[np.int64]] = ()
 ) -> NDArray[np.float64]:
     """s [K] of one alpha, its least and largest value as far below 1 as above.
 
     Args:
         peaks: max |x_j| [K].
-        weights: W [K, N] of every layer that reads the input.
+        loudest: max |w_j| [K] in every layer that reads the input.
         ties: channels that must share a value; what they share is the largest of them.
     """
-    a = np.asarray(peaks, np.float64)
-    w = np.max([np.abs(W).max(axis=1) for W in weights], axis=0).astype(np.float64)
+    a, w = np.asarray(peaks, np.float64), np.asarray(loudest, np.float64)
     a, w = (np.maximum(v, v.max() * 1e-4 or 1.0) for v in (a, w))
     s = a**alpha / w ** (1 - alpha)
     for tied in ties:

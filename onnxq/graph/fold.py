@@ -27,8 +27,9 @@ from onnxq.graph.edit import Editor
 from onnxq.graph.fold_range import TYPES, Half, half_type, is_offset, narrow
 from onnxq.graph.fold_readers import read_by
 from onnxq.graph.model import Model
-from onnxq.graph.query import constant_operand, label, type_number
-from onnxq.graph.rescale import Factors, largest, rescale
+from onnxq.graph.query import ConstantOperand, constant_operand, label, type_number
+from onnxq.graph.rescale import largest, rescale
+from onnxq.products import Factors
 from onnxq.report import Edit
 
 
@@ -105,9 +106,7 @@ class Fold:
         """
         low, high = np.zeros(self.size), np.full(self.size, np.inf)
         for part in (*self.parts, *self.weights):
-            operand = constant_operand(part.node, part.input)
-            if operand is None:
-                raise _stale(self, "a weight is none any more")
+            operand = self._operand(part)
             half = half_type(operand.constant, base)
             if half is None:
                 continue
@@ -127,6 +126,16 @@ class Fold:
             np.minimum.at(most, self.tie, high)
             low, high = least[self.tie], most[self.tie]
         return low, high
+
+    def loudest(self) -> list[Factors]:
+        """max |w| that each channel meets, of each reader's weight: [K]; NaN where one is NaN."""
+        return [largest(self._operand(p), p.index, self.size) for p in self.weights]
+
+    def _operand(self, part: Part) -> ConstantOperand:
+        operand = constant_operand(part.node, part.input)
+        if operand is None:
+            raise _stale(self, "a weight is none any more")
+        return operand
 
     def rounded(self, s: NDArray[np.floating], base: Half | None = None) -> Factors:
         """s, changed by its last bits so that a gain divided by it is a 16-bit number.

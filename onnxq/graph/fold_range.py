@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.graph.absorb import Part
 from onnxq.graph.query import type_number
-from onnxq.graph.rescale import Factors
+from onnxq.products import Factors
 
 Half = Literal["fp16", "bf16"]
 

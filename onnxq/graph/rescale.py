@@ -1,15 +1,11 @@
 """Constants multiplied by factors when they are read or written; nothing is loaded before.
 
 A rescaled constant is a new one: codes made of the old one later (weights are quantized while the
-model is written) still find what they were computed for. Factors of several rescalings are kept
-apart by the axes they run along and applied in one order, each value rounded once, so that it does
-not matter which came first.
+model is written) still find what they were computed for.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,17 +18,16 @@ from onnxq.graph.dtypes import numpy_dtype, to_bytes
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand, constant_operand, label, type_number
+from onnxq.graph.scaling import Scaling, padded, peaks
 from onnxq.graph.weights import (
     Array,
     DerivedValues,
     InlineValues,
     constant_type,
-    original,
     payload_bytes,
 )
 from onnxq.graph.wire import STRIP_THRESHOLD
-
-Factors = NDArray[np.float64]
+from onnxq.products import Factors
 
 FLOATS = (
     onnx.TensorProto.FLOAT,
@@ -40,89 +35,6 @@ FLOATS = (
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 )
-_PIECE = 1 << 20
-"""Values multiplied at a time, in float64."""
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A constant, laid out anew and multiplied by factors.
-
-    Attributes:
-        source: what it is made of; its values before any cast of the base precision.
-        permutation: axes of the source, None as they are.
-        shape: of the result; the source is broadcast to it.
-        factors: by the axes they vary along; each of the result's rank.
-    """
-
-    source: gs.Constant
-    permutation: tuple[int, ...] | None
-    shape: tuple[int, ...]
-    factors: dict[tuple[bool, ...], Factors] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, constant: gs.Constant) -> Scaling:
-        """What a constant is now."""
-        found = getattr(constant._values, "scaling", None)
-        if isinstance(found, Scaling):
-            return found
-        return cls(constant, None, tuple(int(d) for d in constant.shape))
-
-    def transposed(self, permutation: tuple[int, ...] | None) -> Scaling:
-        """The same behind a Transpose."""
-        if permutation is None:
-            return self
-        before = self.permutation or tuple(range(len(permutation)))
-        factors = [f.transpose(permutation) for f in self.factors.values()]
-        return Scaling(
-            self.source,
-            tuple(before[i] for i in permutation),
-            tuple(self.shape[i] for i in permutation),
-            {_varying(f): f for f in factors},
-        )
-
-    def times(self, factor: Factors) -> Scaling:
-        """Multiplied once more; a factor of more axes or longer ones makes the result larger."""
-        shape = np.broadcast_shapes(self.shape, factor.shape)
-        factors = [f.reshape(_padded(f.shape, len(shape))) for f in self.factors.values()]
-        known = {_varying(f): f for f in factors}
-        factor = factor.reshape(_padded(factor.shape, len(shape)))
-        key = _varying(factor)
-        known[key] = known[key] * factor if key in known else factor
-        return Scaling(self.source, self.permutation, tuple(shape), known)
-
-    def compute(self) -> Array:
-        """The values: float32 (float64 of a float64 source), each rounded once."""
-        values = original(self.source)
-        dtype = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
-        if self.permutation is not None:
-            values = values.transpose(self.permutation)
-        values = np.broadcast_to(values, self.shape)
-        out = np.empty(self.shape, dtype)
-        if not self.shape:
-            out[()] = self._product(values, slice(None))
-            return out
-        step = max(1, _PIECE // max(1, math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, start + step)
-            with np.errstate(over="ignore"):
-                out[rows] = self._product(values[rows], rows)
-        return out
-
-    def _product(self, values: Array, rows: slice) -> Array:
-        product = values.astype(np.float64)
-        for key in sorted(self.factors):
-            factor = self.factors[key]
-            product *= factor[rows] if key and key[0] else factor
-        return product
-
-
-def _varying(factor: Factors) -> tuple[bool, ...]:
-    return tuple(d > 1 for d in factor.shape)
-
-
-def _padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return (1,) * (rank - len(shape)) + tuple(shape)
 
 
 class ScaledValues(DerivedValues):
@@ -217,7 +129,7 @@ def rescale(editor: Editor, node: gs.Node, index: int, factor: Factors) -> str:
         return "" if keeps_name else name
     if operand.permutation is not None:
         back = tuple(int(i) for i in np.argsort(operand.permutation))
-        factor = factor.reshape(_padded(factor.shape, len(back))).transpose(back)
+        factor = factor.reshape(padded(factor.shape, len(back))).transpose(back)
     scaling = Scaling.of(operand.constant).times(factor)
     new = _constant(operand.constant.name, constant_type(operand.constant), scaling)
     if operand.through:
@@ -256,18 +168,10 @@ def largest(operand: ConstantOperand, index: NDArray[np.int64], size: int) -> Fa
     Returns:
         float64 [size]; 0 for channels that no value has.
     """
-    shape = np.broadcast_shapes(operand.shape, index.shape)
-    values = np.broadcast_to(operand.load(), shape)
-    # Without its sign bit, a 16-bit number is the larger the larger the integer of its bits.
-    half = values.dtype.itemsize == 2
-    magnitude = np.bitwise_and(values.view(np.uint16), 0x7FFF) if half else np.abs(values)
-    index = index.reshape(_padded(index.shape, len(shape)))
-    constant_axes = tuple(i for i, d in enumerate(index.shape) if d == 1)
-    peaks = (
-        magnitude.max(axis=constant_axes, keepdims=True, initial=0) if constant_axes else magnitude
-    )
-    if half:
-        peaks = peaks.view(values.dtype)
+    rank = len(operand.shape)
+    index = index.reshape(padded(index.shape, rank))
+    kept = tuple(d > 1 for d in index.shape[index.ndim - rank :])
+    found = np.broadcast_to(peaks(operand, kept), index.shape)
     out = np.zeros(size + 1)
-    np.maximum.at(out, index.reshape(-1), peaks.astype(np.float64).reshape(-1))
+    np.maximum.at(out, index.reshape(-1), found.reshape(-1))
     return out[:size]

@@ -30,6 +30,7 @@ from onnxq.graph.dtypes import (
     payload_bytes,
     to_bytes,
 )
+from onnxq.products import Axes, Factors
 
 __all__ = [
     "Array",
@@ -41,6 +42,7 @@ __all__ = [
     "StoredValues",
     "Values",
     "array",
+    "before_cast",
     "constant_type",
     "numpy_dtype",
     "onnx_dtype",
@@ -119,6 +121,8 @@ class Values(LazyValues):  # type: ignore[misc]
             where `streamed`.
         onnx_type: TensorProto.DataType.
         streamed: whether the bytes come from `pieces` alone.
+        peaks: the largest magnitudes that were looked for, by the axes they are kept along (see
+            `scaling`); values never change.
     """
 
     tensor: onnx.TensorProto
@@ -130,6 +134,7 @@ class Values(LazyValues):  # type: ignore[misc]
         self.onnx_type = int(tensor.data_type)
         self.shape = tuple(tensor.dims)
         self.dtype = graph_dtype(self.onnx_type)
+        self.peaks: dict[Axes, Factors] = {}
 
     @property
     def nbytes(self) -> int:
@@ -242,12 +247,15 @@ def array(constant: Constant) -> Array:
     return np.asarray(values)
 
 
+def before_cast(constant: Constant) -> Constant:
+    """The constant that one is a mere cast of; itself if it is none."""
+    values = constant._values
+    return constant if not isinstance(values, DerivedValues) else values.origin or constant
+
+
 def original(constant: Constant) -> Array:
     """As `array`, but before any cast of the base precision."""
-    values = constant._values
-    if isinstance(values, DerivedValues) and values.origin is not None:
-        return array(values.origin)
-    return array(constant)
+    return array(before_cast(constant))
 
 
 def constant_type(constant: Constant) -> int:

@@ -14,10 +14,10 @@ import pytest
 from onnx import numpy_helper as nh
 from test_fold import found, layers, loaded, tensor
 
+from onnxq import products
 from onnxq.calibrate.probe import measure_ranges
 from onnxq.errors import OnnxqError
 from onnxq.gpus import target
-from onnxq.graph import rescale
 from onnxq.graph.casting import apply_precision
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import find_fold
@@ -378,7 +378,7 @@ def test_a_fold_behind_the_base_precision_starts_from_fp32(tmp_path: Path) -> No
 
 
 def test_weights_are_multiplied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rescale, "_PIECE", 100)  # two rows of 40 at a time
+    monkeypatch.setattr(products, "_BLOCK", 100)  # two rows of 40 at a time
     source = g.saved(chain(), tmp_path / "in.onnx")
     model = loaded(source)
     for name in ("a", "t"):
