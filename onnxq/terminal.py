@@ -161,7 +161,10 @@ def _calibrated_lines(facts: dict[str, Any]) -> list[str]:
         return []
     how = "in one piece"
     if ran["segments"] > 1:
-        how = f"in {ran['segments']} segments, {megabytes(ran['spooled_bytes'])} through the disk"
+        moved = megabytes(ran["spooled_bytes"])
+        if ran["weight_bytes"]:
+            moved += f" of activations and {megabytes(ran['weight_bytes'])} of rescaled weights"
+        how = f"in {ran['segments']} segments, {moved} through the disk"
     if ran["cut_fusions"]:
         how += f" ({ran['cut_fusions']} cuts where ONNX Runtime may fuse: last bits may differ)"
     return [f"  calibrated {how}; at most {megabytes(ran['peak_rss'])} of memory"]

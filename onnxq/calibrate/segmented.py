@@ -55,7 +55,7 @@ def calibrate_in_segments(
         OnnxqError: a tensor becomes NaN or infinite, a segment does not load or run, or the disk is
             too small (what is needed is known beforehand, but for samples of different shapes).
     """
-    _refuse_full(segments, len(samples), folder)
+    _refuse_full(pieces, segments, len(samples), folder)
     frontier, notes = Frontier(folder / "frontier", _HINT), list(samples.notes)
     fed = [name for name in watched if name in pieces.inputs]
     with Collector(watched, threads) as collector:
@@ -89,12 +89,15 @@ def disk_bytes(segments: Sequence[Segment], samples: int) -> int:
     return most * samples
 
 
-def _refuse_full(segments: Sequence[Segment], samples: int, folder: Path) -> None:
-    needed, free = disk_bytes(segments, samples), shutil.disk_usage(folder).free
-    needed += sum(segment.parked for segment in segments)
+def _refuse_full(pieces: Pieces, segments: Sequence[Segment], samples: int, folder: Path) -> None:
+    free, what = shutil.disk_usage(folder).free, "activations"
+    needed = disk_bytes(segments, samples) + sum(segment.parked for segment in segments)
+    weights = max(pieces.computed_bytes(segment.steps) for segment in segments)
+    if weights:
+        needed, what = needed + weights, "activations and rescaled weights"
     if needed > free:
         raise OnnxqError(
-            f"calibrating in segments keeps {needed / 1e9:.1f} GB of activations in "
+            f"calibrating in segments keeps {needed / 1e9:.1f} GB of {what} in "
             f"{folder.parent.parent}, which has {free / 1e9:.1f} GB left",
             _HINT,
         )
@@ -111,6 +114,7 @@ def measure_in_segments(
     progress: Progress = silent,
 ) -> dict[str, float]:
     """max |x| of the tensors on one sample, as `probe.measure_ranges` gives them."""
+    _refuse_full(pieces, segments, 1, folder)
     frontier, ranges = Frontier(folder / "frontier", _HINT), dict[str, float]()
     for index, segment in enumerate(segments):
         made = {name for i in segment.steps for name in pieces.steps[i].makes}
@@ -141,7 +145,10 @@ def _open(
     held = {name: frontier.dtypes[pieces.wide(name)] for name in segment.reads}
     spooled, watched = list(segment.gives), () if probed else segment.watched
     model = pieces.model(segment.steps, watched, held, spooled=spooled, probed=probed)
+    trim_memory()  # what computing weights needed
     session = open_session(model, folder=pieces.folder, device=device, threads=threads, arena=False)
+    if pieces.spool is not None:
+        pieces.spool.clear()
     trim_memory()  # what loading needed: the weights once more
     return session
 

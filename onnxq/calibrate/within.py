@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.pieces import Pieces
 from onnxq.graph.probe import probed_tensors, range_probes
 from onnxq.graph.sizes import tensor_sizes
+from onnxq.graph.spool import Spool
 from onnxq.memory import available_memory, peak_memory, resident_memory
 from onnxq.progress import Progress, silent
 
@@ -41,7 +43,8 @@ class Ran:
         segments: 1: the whole model at once.
         cut_fusions: cuts where ONNX Runtime may have fused nodes: there the last bits may differ
             from those of the whole model.
-        spooled_bytes: written to disk between segments.
+        spooled_bytes: of activations, written to disk between segments.
+        weight_bytes: of weights that are computed, written to disk for a session to load them.
         memory: bytes it was to keep within; None where nobody said.
         peak_rss: the most bytes the process took until the end of the calibration.
         seconds: that it took, all preparation included.
@@ -50,6 +53,7 @@ class Ran:
     segments: int
     cut_fusions: int
     spooled_bytes: int
+    weight_bytes: int
     memory: int | None
     peak_rss: int
     seconds: float
@@ -81,40 +85,39 @@ def calibrate_within(
         OnnxqError: as `run.calibrate`; or the memory is too small for any division.
     """
     started = time.monotonic()
-    divided = None
-    if watched:
-        divided = _divided(model, list(watched), watched, samples, memory)
-    if divided is None:
-        # The memory is enough for all values at once, so that one pass does.
-        table = calibrate(
-            model.session_model,
-            watched,
-            samples,
-            fingerprint=fingerprint,
-            memory=memory,
-            device=device,
-            threads=threads,
-            progress=progress,
-        )
-        return table, Ran(1, 0, 0, memory, peak_memory(), _since(started))
-    pieces, segments, cut = divided
     with scratch(beside) as folder:
-        table, spooled = calibrate_in_segments(
-            pieces,
-            segments,
-            watched,
-            samples,
-            folder,
-            fingerprint=fingerprint,
-            device=device,
-            threads=threads,
-            progress=progress,
-        )
-    return table, Ran(len(segments), cut, spooled, memory, peak_memory(), _since(started))
-
-
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 2)
+        spool, divided = Spool(folder / "weights"), None
+        if watched:
+            divided = _divided(model, list(watched), watched, samples, memory, spool)
+        if divided is None:
+            # The memory is enough for all values at once, so that one pass does.
+            count, cut, spooled = 1, 0, 0
+            table = calibrate(
+                partial(model.session_model, spool=spool),
+                watched,
+                samples,
+                fingerprint=fingerprint,
+                memory=memory,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
+        else:
+            pieces, segments, cut = divided
+            count = len(segments)
+            table, spooled = calibrate_in_segments(
+                pieces,
+                segments,
+                watched,
+                samples,
+                folder,
+                fingerprint=fingerprint,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
+    took = round(time.monotonic() - started, 2)
+    return table, Ran(count, cut, spooled, spool.written, memory, peak_memory(), took)
 
 
 def ranges_within(
@@ -133,11 +136,13 @@ def ranges_within(
     """
     tensors = [name for name in probed_tensors(model) if only is None or name in only]
     feed = samples.largest()
-    divided = _divided(model, tensors, {}, samples, memory)
-    if divided is None:
-        return measure_ranges(range_probes(model, only), feed, device=device, progress=progress)
-    pieces, segments, _ = divided
     with scratch(beside) as folder:
+        spool = Spool(folder / "weights")
+        divided = _divided(model, tensors, {}, samples, memory, spool)
+        if divided is None:
+            probes = range_probes(model, only, spool)
+            return measure_ranges(probes, feed, device=device, progress=progress)
+        pieces, segments, _ = divided
         return measure_in_segments(
             pieces, segments, tensors, feed, folder, device=device, progress=progress
         )
@@ -149,18 +154,23 @@ def refuse_little(model: Model, samples: Samples, memory: int) -> None:
 
 
 def divide(
-    model: Model, tensors: Sequence[str], watched: Mapping[str, str], samples: Samples
+    model: Model,
+    tensors: Sequence[str],
+    watched: Mapping[str, str],
+    samples: Samples,
+    spool: Spool | None = None,
 ) -> tuple[Pieces, Division]:
     """The model as far as the tensors need it, in steps, and what cutting it costs.
 
     Args:
         watched: {tensor to fetch: statistics}; the other tensors are probed.
         samples: the largest says how large everything is.
+        spool: as `Pieces` takes it.
     """
     feed = samples.largest()
     shapes = {name: array.shape for name, array in feed.items()}
     sizes = tensor_sizes(model, shapes, lambda names: _measured(model, names, feed))
-    pieces = Pieces(model, tensors)
+    pieces = Pieces(model, tensors, spool)
     channels = {n: (1, *sizes[n][0])[-1] if n in sizes else 1 for n in watched}
     held, throughout = dict.fromkeys(watched, 0), 0
     for name, kinds in watched.items():
@@ -193,13 +203,14 @@ def _divided(
     watched: Mapping[str, str],
     samples: Samples,
     memory: int | None,
+    spool: Spool | None = None,
 ) -> tuple[Pieces, list[Segment], int] | None:
     """The segments, and how many cuts may break a fusion; None where the whole model fits."""
     base, free = resident_memory() + _RUNTIME, available_memory()
     if memory is None and free is None:
         return None
     try:
-        pieces, division = divide(model, tensors, watched, samples)
+        pieces, division = divide(model, tensors, watched, samples, spool)
     except OnnxqError:
         if memory is None:
             return None  # ONNX Runtime may run what onnx's inference does not understand

@@ -27,6 +27,7 @@ from onnxq.graph.fingerprint import fingerprint
 from onnxq.graph.names import captured, made, taken
 from onnxq.graph.reading import read_proto
 from onnxq.graph.references import Reference, fill_in, refer, refer_resolved
+from onnxq.graph.spool import Spool
 from onnxq.graph.weights import DerivedValues, StoredValues
 from onnxq.report import Edit
 
@@ -170,27 +171,32 @@ class Model:
         refer(proto, self._references())
         return proto
 
-    def session_model(self, outputs: Sequence[str] | None = None) -> tuple[bytes, Path]:
+    def session_model(
+        self, outputs: Sequence[str] | None = None, spool: Spool | None = None
+    ) -> tuple[bytes, Path]:
         """A serialized model for ONNX Runtime, and the folder its external weights lie in.
 
-        Nothing is written: the weights are read from the file they are in; those that are
-        computed (rescaled, cast) are in the model itself.
+        Stored weights are read from the file they are in.
 
         Args:
             outputs: the only outputs wanted, of any tensors of the main graph; what they do not
                 need is cut away. None: the model's own.
+            spool: where weights that are computed (rescaled, cast) are written to. None: they are
+                in the model itself, and nothing is written.
         """
-        proto, folder = self.session_proto(outputs)
+        proto, folder = self.session_proto(outputs, spool)
         return proto.SerializeToString(deterministic=True), folder
 
-    def session_proto(self, outputs: Sequence[str] | None = None) -> tuple[onnx.ModelProto, Path]:
+    def session_proto(
+        self, outputs: Sequence[str] | None = None, spool: Spool | None = None
+    ) -> tuple[onnx.ModelProto, Path]:
         """As `session_model`, before it is serialized."""
-        proto, folder, computed = self.open_proto(outputs)
-        fill_in(proto, computed)
+        proto, folder, computed = self.open_proto(outputs, spool)
+        fill_in(proto, computed, folder, spool)
         return proto, folder
 
     def open_proto(
-        self, outputs: Sequence[str] | None = None
+        self, outputs: Sequence[str] | None = None, spool: Spool | None = None
     ) -> tuple[onnx.ModelProto, Path, dict[str, DerivedValues]]:
         """As `session_proto`, but with the weights that are computed beside it, by name."""
         proto = self.export()
@@ -198,7 +204,7 @@ class Model:
             cut(proto.graph, outputs, exporting.value_types(self))
         values = {c.name: c._values for c in self.constants()}
         computed = {n: v for n, v in values.items() if isinstance(v, DerivedValues)}
-        folder = refer_resolved(proto, self._references(), self.path.parent, computed)
+        folder = refer_resolved(proto, self._references(), self.path.parent, computed, spool)
         return proto, folder, computed
 
     def _references(self) -> dict[str, Reference]:

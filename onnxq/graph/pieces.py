@@ -19,6 +19,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.names import captured
 from onnxq.graph.probe import add_probes
 from onnxq.graph.references import fill_in
+from onnxq.graph.spool import Spool
 
 _RANDOM = frozenset(
     ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial")
@@ -51,14 +52,20 @@ class Step:
 class Pieces:
     """What some tensors of a model need, in steps; any of them make a model of their own.
 
+    Args:
+        spool: takes the weights that are computed, of each piece when it is made. None: they are
+            in the pieces themselves.
+
     Attributes:
         folder: where the external weights lie.
+        spool: as it was given.
         steps: in graph order.
         inputs: names of the graph's inputs.
     """
 
-    def __init__(self, model: Model, outputs: Sequence[str]) -> None:
-        proto, self.folder, self._computed = model.open_proto(outputs)
+    def __init__(self, model: Model, outputs: Sequence[str], spool: Spool | None = None) -> None:
+        proto, self.folder, self._computed = model.open_proto(outputs, spool)
+        self.spool = spool
         self._graph = proto.graph
         self._header = _header(proto)
         self._types = value_types(model)
@@ -115,6 +122,11 @@ class Pieces:
         if tensor is None:
             return payload_bytes(self._sparse[name].values.data_type, self._sparse[name].dims)
         return payload_bytes(tensor.data_type, tensor.dims)
+
+    def computed_bytes(self, steps: Iterable[int]) -> int:
+        """Bytes of the weights of some steps that are computed."""
+        names = {name for i in steps for name in self.steps[i].weights} & self._computed.keys()
+        return sum(self._computed[name].nbytes for name in names)
 
     def is_half(self, name: str) -> bool:
         """Whether an initializer is in FP16 or BF16."""
@@ -173,7 +185,7 @@ class Pieces:
                 graph.sparse_initializer.append(self._sparse[name])
             else:
                 graph.initializer.append(self._weight(name, weights or {}))
-        fill_in(proto, self._computed)
+        fill_in(proto, self._computed, self.folder, self.spool)
         return bytes(proto.SerializeToString(deterministic=True))
 
     def wide(self, name: str) -> str:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.graph.model import Model
 from onnxq.graph.query import type_word
+from onnxq.graph.spool import Spool
 
 _GROUP = 1000
 """Tensors a probe. ONNX Runtime keeps some of what is measured until the end of a run; smaller
@@ -21,18 +22,19 @@ groups hold less and run the beginning of the model more often."""
 
 
 def range_probes(
-    model: Model, only: Collection[str] | None = None
+    model: Model, only: Collection[str] | None = None, spool: Spool | None = None
 ) -> Iterator[tuple[bytes, Path, dict[str, str]]]:
     """For every group of tensors: a serialized probe, the folder of its weights, and
     {output name: tensor}; all FP32 and FP16 tensors that the main graph computes, each once.
 
     Args:
         only: the names of those to measure.
+        spool: as `Model.session_model` takes it.
     """
     tensors = [name for name in probed_tensors(model) if only is None or name in only]
     for start in range(0, len(tensors), _GROUP):
         group = tensors[start : start + _GROUP]
-        proto, folder = model.session_proto(group)
+        proto, folder = model.session_proto(group, spool)
         del proto.graph.output[:]
         names = add_probes(proto.graph, group)
         yield proto.SerializeToString(deterministic=True), folder, names

@@ -11,6 +11,7 @@ import onnx
 
 from onnxq.errors import OnnxqError
 from onnxq.graph.reading import is_external
+from onnxq.graph.spool import Spool
 from onnxq.graph.weights import DerivedValues, Extent
 
 LARGEST_MESSAGE = 2_000_000_000
@@ -32,13 +33,27 @@ def refer(proto: onnx.ModelProto, references: Mapping[str, Reference]) -> None:
         point(tensor, reference.extent, reference.extent.path.relative_to(reference.folder))
 
 
-def fill_in(proto: onnx.ModelProto, computed: Mapping[str, DerivedValues]) -> None:
+def fill_in(
+    proto: onnx.ModelProto,
+    computed: Mapping[str, DerivedValues],
+    folder: Path,
+    spool: Spool | None = None,
+) -> None:
     """Compute the initializers that lie in no file, and put their values into the model.
 
+    Args:
+        folder: what locations are relative to.
+        spool: takes the values, to which the model then refers.
+
     Raises:
-        OnnxqError: they do not fit a message.
+        OnnxqError: they do not fit a message, or the spool's disk.
     """
     found = [t for t in proto.graph.initializer if is_external(t) and t.name in computed]
+    if spool is not None:
+        for tensor in found:
+            extent = spool.put(computed[tensor.name])
+            point(tensor, extent, extent.path.relative_to(folder))
+        return
     total = sum(computed[t.name].nbytes for t in found)
     if total > LARGEST_MESSAGE:
         raise OnnxqError(
@@ -56,23 +71,24 @@ def refer_resolved(
     references: Mapping[str, Reference],
     folder: Path,
     computed: Container[str] = (),
+    spool: Spool | None = None,
 ) -> Path:
     """As `refer`, with links followed: ONNX Runtime refuses one that leads out of the folder.
 
     Args:
-        computed: names of initializers that `fill_in` sees to.
+        computed: names of initializers that `fill_in` sees to, with the help of `spool`.
 
     Returns:
         What the locations are relative to: the folder that holds all files; `folder` for none.
     """
-    extents = [
-        (tensor, _find(tensor, references).extent)
-        for tensor in filter(is_external, proto.graph.initializer)
-        if tensor.name not in computed
-    ]
+    external = list(filter(is_external, proto.graph.initializer))
+    extents = [(t, _find(t, references).extent) for t in external if t.name not in computed]
     paths = {path: path.resolve() for path in {extent.path for _, extent in extents}}
-    if paths:
-        folder = Path(os.path.commonpath([path.parent for path in paths.values()]))
+    folders = [path.parent for path in paths.values()]
+    if spool is not None and len(extents) < len(external):
+        folders.append(spool.folder)
+    if folders:
+        folder = Path(os.path.commonpath(folders))
     for tensor, extent in extents:
         point(tensor, extent, paths[extent.path].relative_to(folder))
     return folder
