@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from onnxq import record
 from onnxq.base import write_fp16
+from onnxq.choosing import choose_recipe, placed
 from onnxq.errors import OnnxqError
 from onnxq.evaluate.verb import evaluate_diffusion as evaluate_diffusion
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.linting.verb import lint as lint
 from onnxq.progress import Progress, silent
-from onnxq.quantizing import choose_recipe, placed, site_counts
+from onnxq.quantizing import site_counts
 from onnxq.quantizing import quantize as quantize
 from onnxq.recipe import Recipe
 from onnxq.recommending import recommend as recommend
