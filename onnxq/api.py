@@ -18,8 +18,8 @@ from onnxq.evaluate.verb import evaluate_diffusion as evaluate_diffusion
 from onnxq.gpus import DEFAULT_TARGET
 from onnxq.linting.verb import lint as lint
 from onnxq.progress import Progress, silent
-from onnxq.quantizing import site_counts
 from onnxq.quantizing import quantize as quantize
+from onnxq.quantizing import site_counts
 from onnxq.recipe import Recipe
 from onnxq.recommending import recommend as recommend
 from onnxq.report import Report

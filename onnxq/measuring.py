@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxq.errors import OnnxqError
-from onnxq.progress import Progress
 from onnxq.recipe import Recipe, presets
-from onnxq.report import Report
 from onnxq.samples import Data
+from onnxq.work import Work
 
 if TYPE_CHECKING:
-    from onnxq.calibrate.data import Samples
-    from onnxq.calibrate.session import Device
     from onnxq.calibrate.table import CalibrationTable
-    from onnxq.graph.model import Model
-    from onnxq.placement import Placement
-    from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
 
@@ -44,74 +38,32 @@ def refuse_missing_data(
         )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Runs the model over samples within the memory, and reports how that went."""
-
-    destination: Path
-    memory: int | None
-    device: Device
-    progress: Progress
-    report: Report
-
-    def __call__(
-        self, graph: Model, watched: dict[str, str], samples: Samples, fingerprint: str = ""
-    ) -> CalibrationTable:
-        from onnxq.calibrate.within import calibrate_within
-
-        table, ran = calibrate_within(
-            graph,
-            watched,
-            samples,
-            beside=self.destination,
-            memory=self.memory,
-            fingerprint=fingerprint,
-            device=self.device,
-            progress=self.progress,
-        )
-        self.report.facts["calibrated"] = ran.as_dict()
-        return table
-
-
-def calibrate(
-    graph: Model,
-    placement: Placement,
-    samples: Samples | None,
-    tables: Sequence[PathLike],
-    measured: Measured,
-    unfinished: Unfinished,
-    unsolved: Mapping[int, str],
-) -> CalibrationTable | None:
-    """The statistics a static recipe needs: from saved tables, or from one pass over the data.
+def calibrate(work: Work, tables: Sequence[PathLike], save: PathLike | None = None) -> None:
+    """Find the statistics a static recipe needs: in saved tables, or in one pass over the data.
 
     Args:
-        unsolved: layers that no second-order method works on.
+        save: where the table found is kept too.
     """
-    from onnxq.calibrate.table import load_table
     from onnxq.transform import watched_tensors
 
-    if not (placement.recipe.needs_ranges or placement.recipe.statistics):
-        return None
-    watched = watched_tensors(placement, unsolved)
-    if not tables:
-        assert samples is not None  # `refuse_missing_data` saw to it
-        run = partial(measured, graph, watched, samples, graph.fingerprint)
-        return unfinished.table(run, graph.fingerprint, watched)
-    table = load_table(Path(tables[0]), graph.fingerprint)
-    for path in tables[1:]:
-        table = table.merge(load_table(Path(path), graph.fingerprint))
-    table.require(graph.fingerprint, watched)
-    return table
+    recipe = work.placement.recipe
+    if not (recipe.needs_ranges or recipe.statistics):
+        return
+    fingerprint = work.graph.fingerprint
+    watched = watched_tensors(work.placement, work.unsolved)
+    if tables:
+        work.table = _merged(tables, fingerprint)
+        work.table.require(fingerprint, watched)
+    else:
+        run = partial(_measured, work, watched, fingerprint)
+        work.table = work.unfinished.table(run, fingerprint, watched)
+    work.report.notes += work.table.notes
+    if save is not None:
+        work.table.save(Path(save))
 
 
-def measured_again(
-    graph: Model,
-    placement: Placement,
-    table: CalibrationTable,
-    samples: Samples | None,
-    measured: Measured,
-) -> CalibrationTable:
-    """The table with the ranges of the rescaled model in the place of the original's.
+def measure_again(work: Work) -> None:
+    """Put the ranges of the rescaled model in the place of the original's.
 
     Without samples they follow from the channels' maxima, where the recipe asks for no more.
 
@@ -120,21 +72,50 @@ def measured_again(
     """
     from onnxq.transform import watched_tensors
 
+    assert work.table is not None  # there was something to rescale by
     watched = {
         tensor: "+".join(n for n in names.split("+") if n in ("amax", "histogram", "steps"))
-        for tensor, names in watched_tensors(placement).items()
+        for tensor, names in watched_tensors(work.placement).items()
     }
-    if samples is None:
-        measured.report.notes.append("ranges behind rescaling follow from the channels' maxima")
-        return _followed(table, watched, placement.recipe)
-    again = measured(graph, {tensor: names for tensor, names in watched.items() if names}, samples)
-    tensors = table.statistics.keys() | again.statistics.keys()
-    return replace(
-        table,
-        statistics={
-            t: {**table.statistics.get(t, {}), **again.statistics.get(t, {})} for t in tensors
-        },
+    if work.samples is None:
+        work.report.notes.append("ranges behind rescaling follow from the channels' maxima")
+        work.table = _followed(work.table, watched, work.placement.recipe)
+        return
+    again = _measured(work, {tensor: names for tensor, names in watched.items() if names})
+    known = work.table.statistics
+    tensors = known.keys() | again.statistics.keys()
+    work.table = replace(
+        work.table,
+        statistics={t: {**known.get(t, {}), **again.statistics.get(t, {})} for t in tensors},
     )
+
+
+def _measured(work: Work, watched: dict[str, str], fingerprint: str = "") -> CalibrationTable:
+    """Run the model over the samples within the memory, and report how that went."""
+    from onnxq.calibrate.within import calibrate_within
+
+    assert work.samples is not None  # `refuse_missing_data` saw to it
+    table, ran = calibrate_within(
+        work.graph,
+        watched,
+        work.samples,
+        beside=work.destination,
+        memory=work.memory,
+        fingerprint=fingerprint,
+        device=work.device,
+        progress=work.progress,
+    )
+    work.report.facts["calibrated"] = ran.as_dict()
+    return table
+
+
+def _merged(tables: Sequence[PathLike], fingerprint: str) -> CalibrationTable:
+    from onnxq.calibrate.table import load_table
+
+    first, *others = (load_table(Path(path), fingerprint) for path in tables)
+    for other in others:
+        first = first.merge(other)
+    return first
 
 
 def _followed(
@@ -161,15 +142,16 @@ def _followed(
     return replace(table, statistics=statistics)
 
 
-def say_steps(placement: Placement, table: CalibrationTable, report: Report) -> None:
+def say_steps(work: Work) -> None:
     """What a calibration that was kept by denoising step found."""
     from onnxq.loudness import lines, loudness, missing
 
-    found = loudness(placement, table)
+    assert work.table is not None
+    found = loudness(work.placement, work.table)
     if found is not None:
-        report.facts["amax_by_step"] = found
-        report.notes += lines(found)
-    elif missing(table):
-        report.notes.append(
+        work.report.facts["amax_by_step"] = found
+        work.report.notes += lines(found)
+    elif missing(work.table):
+        work.report.notes.append(
             "the data says no denoising step (no input timestep): all samples count as one"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,21 +17,19 @@ from onnxq.base import Precision, convert_base, refuse_little_memory
 from onnxq.choosing import choose_recipe, destination_of, placed, recalled
 from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
-from onnxq.measuring import Measured, calibrate, measured_again, refuse_missing_data, say_steps
+from onnxq.measuring import calibrate, measure_again, refuse_missing_data, say_steps
 from onnxq.progress import Progress, silent
 from onnxq.recipe import Recipe
 from onnxq.report import Report
 from onnxq.results import Quantized
 from onnxq.samples import Data
+from onnxq.unfinished import Unfinished, unfinished_beside
+from onnxq.work import Work
 
 if TYPE_CHECKING:
-    from onnxq.calibrate.data import Samples
-    from onnxq.calibrate.ranges import Ranges
     from onnxq.calibrate.session import Device
-    from onnxq.calibrate.table import CalibrationTable
     from onnxq.graph.model import Model
     from onnxq.placement import Placement
-    from onnxq.unfinished import Unfinished
 
 PathLike = str | Path
 
@@ -84,12 +82,7 @@ def quantize(
     Raises:
         OnnxqError: anything wrong with the input; nothing has been written then.
     """
-    from onnxq.algorithms import STEPS
-    from onnxq.graph.model import Model
-    from onnxq.inputs import layer_inputs, unsolvable
-    from onnxq.solving import Solver
-    from onnxq.transform import activation_ranges, apply_placement, settle
-    from onnxq.unfinished import Unfinished, unfinished_beside
+    from onnxq.inputs import unsolvable
 
     started = time.monotonic()
     source, data = Path(model), Data.of(calib)
@@ -109,155 +102,165 @@ def quantize(
     report.facts.update(
         **_facts_before(graph), target=target, recipe=chosen.as_dict(), calibration=None
     )
+    unsolved = unsolvable(placement, memory)
+    work = Work(graph, placement, unsolved, report, destination, memory, device, progress)
     if not placement.quantized and not requantize:
-        report.notes[-1] += ": the model is copied as it is"
-        report.edits.clear()
-        return _saved(Model.load(source), destination, placement, report, started, progress)
-    samples = data.open(graph.inputs(), progress) if data.given else None
-    if samples is not None:
-        refuse_little_memory(graph, precision, samples, memory)
-    kept = (
-        unfinished_beside(
-            destination, _run(source, graph, chosen, target, precision, io, samples, load_calib)
-        )
-        if resume and chosen.steps
-        else nullcontext(Unfinished())
-    )
-    with kept as unfinished:
-        measured = Measured(destination, memory, device, progress, report)
-        unsolved = unsolvable(placement, memory)
-        table = calibrate(graph, placement, samples, load_calib, measured, unfinished, unsolved)
-        if table is not None:
-            report.notes += table.notes
-            if save_calib is not None:
-                table.save(Path(save_calib))
-        digest = table.digest if table is not None else None
-        if table is not None and any(STEPS[name][0] == "rescale" for name in chosen.steps):
-            placement, table = _rescaled(graph, placement, table, samples, measured, unfinished)
-        if table is not None:
-            say_steps(placement, table, report)
-        ranges = activation_ranges(placement, table) if table is not None else None
-        if chosen.keeps:
-            placement, chosen = _kept(graph, placement, ranges, samples, measured)
-        with layer_inputs(graph, placement, table, samples, device, unsolved) as inputs:
-            report.edits += convert_base(
-                graph,
-                precision,
-                convert_io=io == "fp16",
-                samples=samples,
-                calibrated=table.peaks() if table else None,
-                beside=destination,
-                memory=memory,
-                device=device,
-                progress=progress,
-            )
-            placement = settle(placement, ranges)
-            sites = [decision.site for decision in placement.quantized]
-            solver = None
-            if inputs is not None:
-                solver = Solver(chosen.steps, inputs, sites, unfinished, chosen.pattern, unsolved)
-            report.edits += apply_placement(graph, placement, ranges, progress, solver)
-        if solver is not None:
-            report.edits += solver.edits()
-            report.facts["rounding"] = solver.facts()
-        if unfinished.found:
-            report.notes.append(f"{unfinished.found} parts were finished by a run that was stopped")
-        record.stamp(graph, chosen, target, precision, digest, report.edits)
+        return _copied(work, source, started)
+    if data.given:
+        work.samples = data.open(graph.inputs(), progress)
+        refuse_little_memory(graph, precision, work.samples, memory)
+
+    kept: AbstractContextManager[Unfinished] = nullcontext(work.unfinished)
+    if resume and chosen.steps:
+        run = _run(work, source, target, precision, io, load_calib)
+        kept = unfinished_beside(destination, run)
+    with kept as work.unfinished:
+        calibrate(work, load_calib, save_calib)
+        digest = work.table.digest if work.table is not None else None
+        _rescale(work)
+        _choose_ranges(work)
+        recorded = _leave_costly(work)
+        _convert_and_emit(work, precision, io)
+        record.stamp(graph, recorded, target, precision, digest, report.edits)
         report.facts.update(calibration=digest)
-        return _saved(graph, destination, placement, report, started, progress)
+        return _saved(work, started)
+
+
+def _copied(work: Work, source: Path, started: float) -> Quantized:
+    """A model that the recipe does nothing to, written as it was read."""
+    from onnxq.graph.model import Model
+
+    work.report.notes[-1] += ": the model is copied as it is"
+    work.report.edits.clear()
+    work.graph = Model.load(source)
+    return _saved(work, started)
+
+
+def _rescale(work: Work) -> None:
+    """Apply the step that rescales layers, if there is one, and measure behind it."""
+    from onnxq.algorithms import STEPS
+    from onnxq.rescaling import rescale, summary
+
+    recipe = work.placement.recipe
+    if work.table is None or all(STEPS[name][0] != "rescale" for name in recipe.steps):
+        return
+    work.placement, work.table, edits = rescale(
+        work.graph,
+        work.placement,
+        work.table,
+        work.progress,
+        work.samples,
+        work.device,
+        beside=work.destination,
+        memory=work.memory,
+        unfinished=work.unfinished,
+    )
+    work.report.edits += edits
+    work.report.facts["rescaling"] = summary(edits)
+    if recipe.needs_ranges:
+        measure_again(work)
+
+
+def _choose_ranges(work: Work) -> None:
+    """Take ranges from what was measured, before the conversion renames tensors."""
+    from onnxq.transform import activation_ranges
+
+    if work.table is not None:
+        say_steps(work)
+        work.ranges = activation_ranges(work.placement, work.table)
+
+
+def _leave_costly(work: Work) -> Recipe:
+    """Leave the layers that cost the outputs most, where the recipe says how many.
+
+    Returns:
+        The recipe to record, which then names them.
+    """
+    from onnxq.keeping import keep
+
+    recipe = work.placement.recipe
+    if not recipe.keeps:
+        return recipe
+    if work.samples is None:
+        raise OnnxqError(
+            "which layers cost the outputs most is measured on data: a calibration table is not "
+            "enough",
+            "give the data too, with --calib or --text",
+        )
+    work.placement, edits, facts = keep(
+        work.graph, work.placement, work.ranges, work.samples, work.device, work.progress
+    )
+    work.report.edits += edits
+    work.report.facts["kept"] = facts
+    return recipe.keeping(tuple(edit.target for edit in edits))
+
+
+def _convert_and_emit(work: Work, precision: Precision, io: str) -> None:
+    """Convert the rest of the model to its base precision, round the weights, emit the Q/DQ."""
+    from onnxq.inputs import layer_inputs
+    from onnxq.solving import Solver
+    from onnxq.transform import apply_placement, settle
+
+    graph, table, report = work.graph, work.table, work.report
+    with layer_inputs(
+        graph, work.placement, table, work.samples, work.device, work.unsolved
+    ) as inputs:
+        report.edits += convert_base(
+            graph,
+            precision,
+            convert_io=io == "fp16",
+            samples=work.samples,
+            calibrated=table.peaks() if table else None,
+            beside=work.destination,
+            memory=work.memory,
+            device=work.device,
+            progress=work.progress,
+        )
+        placement = work.placement = settle(work.placement, work.ranges)
+        sites = [decision.site for decision in placement.quantized]
+        steps, pattern = placement.recipe.steps, placement.recipe.pattern
+        solver = None
+        if inputs is not None:
+            solver = Solver(steps, inputs, sites, work.unfinished, pattern, work.unsolved)
+        report.edits += apply_placement(graph, placement, work.ranges, work.progress, solver)
+    if solver is not None:
+        report.edits += solver.edits()
+        report.facts["rounding"] = solver.facts()
+    if work.unfinished.found:
+        found = work.unfinished.found
+        report.notes.append(f"{found} parts were finished by a run that was stopped")
 
 
 def _run(
+    work: Work,
     source: Path,
-    graph: Model,
-    recipe: Recipe,
     target: str,
     precision: str,
     io: str,
-    samples: Samples | None,
     tables: Sequence[PathLike],
 ) -> dict[str, Any]:
     """All that the results of a run depend on; the model to the last byte of its weights."""
     from onnxq import __version__
     from onnxq.files import sha256
 
-    files = {source, *(values.extent.path for values in graph.stored_outside())}
+    files = {source, *(values.extent.path for values in work.graph.stored_outside())}
     return {
         "version": __version__,
         "model": sorted(sha256(file) for file in files),
-        "recipe": json.loads(json.dumps(recipe.as_dict())),
+        "recipe": json.loads(json.dumps(work.placement.recipe.as_dict())),
         "target": target,
         "precision": [precision, io],
-        "data": [samples.digest if samples else "", *(sha256(Path(t)) for t in tables)],
+        "data": [work.samples.digest if work.samples else "", *(sha256(Path(t)) for t in tables)],
     }
 
 
-def _rescaled(
-    graph: Model,
-    placement: Placement,
-    table: CalibrationTable,
-    samples: Samples | None,
-    measured: Measured,
-    unfinished: Unfinished,
-) -> tuple[Placement, CalibrationTable]:
-    """The placement and the statistics behind the steps that rescale layers."""
-    from onnxq.rescaling import rescale, summary
-
-    placement, table, edits = rescale(
-        graph,
-        placement,
-        table,
-        measured.progress,
-        samples,
-        measured.device,
-        beside=measured.destination,
-        memory=measured.memory,
-        unfinished=unfinished,
-    )
-    measured.report.edits += edits
-    measured.report.facts["rescaling"] = summary(edits)
-    if placement.recipe.needs_ranges:
-        table = measured_again(graph, placement, table, samples, measured)
-    return placement, table
-
-
-def _kept(
-    graph: Model,
-    placement: Placement,
-    ranges: Ranges | None,
-    samples: Samples | None,
-    measured: Measured,
-) -> tuple[Placement, Recipe]:
-    """The placement without the layers that cost too much, and the recipe that names them."""
-    from onnxq.keeping import keep
-
-    if samples is None:
-        raise OnnxqError(
-            "which layers cost the outputs most is measured on data: a calibration table is not "
-            "enough",
-            "give the data too, with --calib or --text",
-        )
-    placement, edits, facts = keep(
-        graph, placement, ranges, samples, measured.device, measured.progress
-    )
-    measured.report.edits += edits
-    measured.report.facts["kept"] = facts
-    return placement, placement.recipe.keeping(tuple(edit.target for edit in edits))
-
-
-def _saved(
-    graph: Model,
-    destination: Path,
-    placement: Placement,
-    report: Report,
-    started: float,
-    progress: Progress,
-) -> Quantized:
+def _saved(work: Work, started: float) -> Quantized:
     """Write the model, and the figures of the run into the report."""
     from onnxq.graph.save import save
     from onnxq.linting.verb import check_written
 
-    written = save(graph, destination, progress=progress)
+    graph, placement, report = work.graph, work.placement, work.report
+    written = save(graph, work.destination, progress=work.progress)
     if placement.target.tensorrt:
         check_written(report, graph, placement.target)
     report.facts.update(
