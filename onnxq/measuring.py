@@ -81,7 +81,8 @@ def measure_again(work: Work) -> None:
         work.report.notes.append("ranges behind rescaling follow from the channels' maxima")
         work.table = _followed(work.table, watched, work.placement.recipe)
         return
-    again = _measured(work, {tensor: names for tensor, names in watched.items() if names})
+    watched = {tensor: names for tensor, names in watched.items() if names}
+    again = _measured(work, watched, again=True)
     known = work.table.statistics
     tensors = known.keys() | again.statistics.keys()
     work.table = replace(
@@ -90,9 +91,18 @@ def measure_again(work: Work) -> None:
     )
 
 
-def _measured(work: Work, watched: dict[str, str], fingerprint: str = "") -> CalibrationTable:
-    """Run the model over the samples within the memory, and report how that went."""
+def _measured(
+    work: Work, watched: dict[str, str], fingerprint: str = "", *, again: bool = False
+) -> CalibrationTable:
+    """Run the model over the samples within the memory, and report how that went.
+
+    Args:
+        again: behind steps that rescale.
+    """
     from onnxq.calibrate.within import calibrate_within
+
+    def progress(step: str, done: int, total: int) -> None:
+        work.progress(f"{step} again, rescaled" if again else step, done, total)
 
     assert work.samples is not None  # `refuse_missing_data` saw to it
     table, ran = calibrate_within(
@@ -103,9 +113,9 @@ def _measured(work: Work, watched: dict[str, str], fingerprint: str = "") -> Cal
         memory=work.memory,
         fingerprint=fingerprint,
         device=work.device,
-        progress=work.progress,
+        progress=progress,
     )
-    work.report.facts["calibrated"] = ran.as_dict()
+    work.report.facts["calibrated_again" if again else "calibrated"] = ran.as_dict()
     return table
 
 

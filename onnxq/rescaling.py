@@ -74,7 +74,9 @@ def rescale(
     (name,) = names
     editor, edits = Editor(model), []
     groups, unfinished = _groups(placement), unfinished or Unfinished()
-    run = partial(_peaks, beside=beside or model.path, memory=memory, device=device)
+    run = partial(
+        _peaks, beside=beside or model.path, memory=memory, device=device, progress=progress
+    )
     peaks = run(model, groups, samples) if samples is not None else {}
     for done, (tensor, sites) in enumerate(groups, 1):
         readers, explicit = [site.node for site in sites], placement.recipe.explicit
@@ -119,6 +121,7 @@ def _peaks(
     beside: Path,
     memory: int | None,
     device: Device,
+    progress: Progress,
 ) -> dict[str, float]:
     """max |x| of the tensors that folds would divide, where the model computes in 16 bits."""
     from onnxq.calibrate.within import ranges_within
@@ -129,7 +132,15 @@ def _peaks(
     divided = {t.name for fold in folds if isinstance(fold, Fold) for t, _ in fold.scaled}
     if not divided:
         return {}
-    return ranges_within(model, samples, only=divided, beside=beside, memory=memory, device=device)
+    return ranges_within(
+        model,
+        samples,
+        only=divided,
+        beside=beside,
+        memory=memory,
+        device=device,
+        progress=progress,
+    )
 
 
 def _kept(unfinished: Unfinished, name: str, size: int, search: Callable[[], Found]) -> Found:

@@ -46,20 +46,21 @@ class ProgressLine:
     def __init__(self, stream: TextIO, live: bool, quiet: bool) -> None:
         self._stream, self._live, self._quiet = stream, live, quiet
         self._step, self._since, self._last = "", 0.0, 0.0
-        self._drawn = False
+        self._first, self._drawn = 0, False
 
     def __call__(self, step: str, done: int, total: int) -> None:
         now = time.monotonic()
         if step != self._step:
             self.close()
-            self._step, self._since, self._last = step, now, now
+            self._step, self._since, self._last, self._first = step, now, now, done
         every = _EVERY if self._live else _PLAIN_EVERY
         if self._quiet or now - self._since < _QUIET_FIRST or now - self._last < every:
             return
         self._last, self._drawn = now, True
         text = f"{step}: {done} of {total}" if total else f"{step}: {now - self._since:.0f} s"
-        if total and done:
-            text += f", {(now - self._since) / done * (total - done):.0f} s left"
+        if total and done > self._first:
+            left = (now - self._since) / (done - self._first) * (total - done)
+            text += f", {left:.0f} s left"
         self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         self._stream.flush()
 
@@ -156,18 +157,22 @@ def _zero_lines(result: Quantized, pattern: str) -> Iterable[str]:
 
 def _calibrated_lines(facts: dict[str, Any]) -> list[str]:
     """How calibration kept within the memory, where that was asked for or needed."""
-    ran = facts.get("calibrated")
-    if not ran or (ran["segments"] == 1 and ran["memory"] is None):
-        return []
-    how = "in one piece"
-    if ran["segments"] > 1:
-        moved = megabytes(ran["spooled_bytes"])
-        if ran["weight_bytes"]:
-            moved += f" of activations and {megabytes(ran['weight_bytes'])} of rescaled weights"
-        how = f"in {ran['segments']} segments, {moved} through the disk"
-    if ran["cut_fusions"]:
-        how += f" ({ran['cut_fusions']} cuts where ONNX Runtime may fuse: last bits may differ)"
-    return [f"  calibrated {how}; at most {megabytes(ran['peak_rss'])} of memory"]
+    lines = []
+    for name in ("calibrated", "calibrated_again"):
+        ran = facts.get(name)
+        if not ran or (ran["segments"] == 1 and ran["memory"] is None):
+            continue
+        how = "in one piece"
+        if ran["segments"] > 1:
+            moved = megabytes(ran["spooled_bytes"])
+            if ran["weight_bytes"]:
+                moved += f" of activations and {megabytes(ran['weight_bytes'])} of rescaled weights"
+            how = f"in {ran['segments']} segments, {moved} through the disk"
+        if ran["cut_fusions"]:
+            how += f" ({ran['cut_fusions']} cuts where ONNX Runtime may fuse: last bits may differ)"
+        said = name.replace("_", " ") + (", rescaled," if name.endswith("again") else "")
+        lines.append(f"  {said} {how}; at most {megabytes(ran['peak_rss'])} of memory")
+    return lines
 
 
 def recipe_lines() -> list[str]:

@@ -14,6 +14,7 @@ from core_oracle import evaluate
 import onnxq
 from onnxq.errors import OnnxqError
 from onnxq.recipe import Recipe
+from onnxq.terminal import quantized_lines
 
 
 def _net(folder: Path) -> Path:
@@ -150,3 +151,28 @@ def test_nothing_on_the_way_to_a_layer_overflows_in_16_bits(tmp_path: Path) -> N
     # onnx's evaluator rounds to FP16 behind every operator; ONNX Runtime's CPU does not.
     wanted, found = (evaluate(onnx.load(path), {"x": x})[0] for path in (source, made))
     assert snr(wanted, found) > 15
+
+
+def test_every_phase_is_named_and_so_is_how_each_calibration_ran(tmp_path: Path) -> None:
+    """In 16 bits largest values are measured too, before factors are searched."""
+    net = Net(dtype=np.float16)
+    x, gain = net.input("x", ["batch", 8, 64]), np.where(np.arange(64) % 9 == 0, 20.0, 1.0)
+    scale, bias = net.const("gain", gain), net.const("bias", np.zeros(64))
+    normal = net.op("LayerNormalization", x, scale, bias, name="/norm")
+    net.output(net.op("MatMul", normal, net.weight("a", 64, 48), name="/a"))
+    np.savez(tmp_path / "d.npz", x=_data(tmp_path, 0)[1].astype(np.float16))
+    said: list[tuple[str, int, int]] = []
+    done = onnxq.quantize(
+        net.save(tmp_path / "net.onnx"),
+        tmp_path / "m.onnx",
+        recipe=_with("w4a8-rtn", "awq"),
+        calib=tmp_path / "d.npz",
+        memory=8_000_000_000,
+        progress=lambda *call: said.append(call),
+    )
+    phases = ["calibrate", "measuring ranges", "rescaling", "calibrate again, rescaled"]
+    assert [s for s in dict.fromkeys(step for step, _, _ in said) if s in phases] == phases
+    assert [call for call in said if call[0] == "measuring ranges"] == [("measuring ranges", 1, 1)]
+    lines = quantized_lines(done)
+    assert lines[0].startswith("  calibrated in one piece; at most ")
+    assert lines[1].startswith("  calibrated again, rescaled, in one piece; at most ")

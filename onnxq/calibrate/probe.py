@@ -14,6 +14,7 @@ def measure_ranges(
     probes: Iterable[tuple[bytes, Path, dict[str, str]]],
     feed: Feed,
     *,
+    total: int = 0,
     device: Device = "auto",
     progress: Progress = silent,
 ) -> dict[str, float]:
@@ -22,6 +23,7 @@ def measure_ranges(
     Args:
         probes: serialized model, folder of its weights, {output: tensor whose max |x| it is}.
         feed: one sample's inputs; a probe may have lost those that it does not need.
+        total: how many probes there are, for the progress.
 
     Raises:
         OnnxqError: a probe does not load or run.
@@ -33,5 +35,5 @@ def measure_ranges(
         values = session.run(list(names), {k: v for k, v in feed.items() if k in wanted})
         ranges |= {name: float(v) for name, v in zip(names.values(), values, strict=True)}
         del session  # its memory goes before the next one's comes
-        progress("measuring ranges", done, 0)
+        progress("measuring ranges", done, total)
     return ranges

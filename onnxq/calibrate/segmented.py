@@ -58,6 +58,8 @@ def calibrate_in_segments(
     _refuse_full(pieces, segments, len(samples), folder)
     frontier, notes = Frontier(folder / "frontier", _HINT), list(samples.notes)
     fed = [name for name in watched if name in pieces.inputs]
+    total = len(segments) * len(samples)
+    progress("calibrate", 0, total)
     with Collector(watched, threads) as collector:
         for index, segment in enumerate(segments):
             session = _open(pieces, segment, frontier, device, threads)
@@ -70,7 +72,7 @@ def calibrate_in_segments(
                     collector.update(iter([(name, feed[name]) for name in fed]), label)
                 collector.update(values, label)
                 trim_memory()  # or what each run leaves scattered adds up to a seventh of its peak
-                progress("calibrate", index * len(samples) + step + 1, len(segments) * len(samples))
+                progress("calibrate", index * len(samples) + step + 1, total)
             del session, values, feed  # their memory goes before the next one's comes
             collector.park(segment.watched, folder)
             _let_go(pieces, segments[index + 1 :], frontier)
@@ -116,6 +118,7 @@ def measure_in_segments(
     """max |x| of the tensors on one sample, as `probe.measure_ranges` gives them."""
     _refuse_full(pieces, segments, 1, folder)
     frontier, ranges = Frontier(folder / "frontier", _HINT), dict[str, float]()
+    progress("measuring ranges", 0, len(segments))
     for index, segment in enumerate(segments):
         made = {name for i in segment.steps for name in pieces.steps[i].makes}
         probed = [name for name in tensors if name in made]

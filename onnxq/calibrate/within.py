@@ -22,7 +22,7 @@ from onnxq.errors import OnnxqError
 from onnxq.files import scratch
 from onnxq.graph.model import Model
 from onnxq.graph.pieces import Pieces
-from onnxq.graph.probe import probed_tensors, range_probes
+from onnxq.graph.probe import GROUP, probed_tensors, range_probes
 from onnxq.graph.sizes import tensor_sizes
 from onnxq.graph.spool import Spool
 from onnxq.memory import available_memory, peak_memory, resident_memory
@@ -141,7 +141,8 @@ def ranges_within(
         divided = _divided(model, tensors, {}, samples, memory, spool)
         if divided is None:
             probes = range_probes(model, only, spool)
-            return measure_ranges(probes, feed, device=device, progress=progress)
+            count = math.ceil(len(tensors) / GROUP)
+            return measure_ranges(probes, feed, total=count, device=device, progress=progress)
         pieces, segments, _ = divided
         return measure_in_segments(
             pieces, segments, tensors, feed, folder, device=device, progress=progress

@@ -16,7 +16,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.query import type_word
 from onnxq.graph.spool import Spool
 
-_GROUP = 1000
+GROUP = 1000
 """Tensors a probe. ONNX Runtime keeps some of what is measured until the end of a run; smaller
 groups hold less and run the beginning of the model more often."""
 
@@ -32,8 +32,8 @@ def range_probes(
         spool: as `Model.session_model` takes it.
     """
     tensors = [name for name in probed_tensors(model) if only is None or name in only]
-    for start in range(0, len(tensors), _GROUP):
-        group = tensors[start : start + _GROUP]
+    for start in range(0, len(tensors), GROUP):
+        group = tensors[start : start + GROUP]
         proto, folder = model.session_proto(group, spool)
         del proto.graph.output[:]
         names = add_probes(proto.graph, group)
