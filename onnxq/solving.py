@@ -22,20 +22,15 @@ import numpy as np
 
 from onnxq import numerics
 from onnxq.algorithms import STEPS
-from onnxq.algorithms.descent import descend
-from onnxq.algorithms.hessian import damped, output_errors
-from onnxq.algorithms.scales import fit_scales
-from onnxq.algorithms.sparsegpt import sparsegpt_rounded
-from onnxq.drafts import Drafts, by_part, rounding_damp
+from onnxq.candidates import Candidate, Candidates, output_error, output_power
 from onnxq.errors import OnnxqError
 from onnxq.formats import PerTensor, QuantScheme, dtype_named
 from onnxq.graph.dtypes import numpy_dtype
 from onnxq.graph.weights import constant_type
-from onnxq.inputs import Inputs, Moments, Parts
+from onnxq.inputs import Inputs, Parts
 from onnxq.layouts import Layout, layout_of
 from onnxq.report import Edit, decibels
 from onnxq.rounding import Array, Nearest, Rounded, finite_peaks
-from onnxq.scaling import scales_of, searched, spread
 from onnxq.sites import Site
 from onnxq.sparsity import Pattern
 from onnxq.store import Store
@@ -101,7 +96,7 @@ class Solver:
         self._unpruned: dict[int, Edit] = {}
         self._known: dict[tuple[Any, ...], Once[Rounded]] = {}
         self._pruned: dict[tuple[Any, ...], Once[Callable[[], Array]]] = {}
-        self._drafts = Drafts(steps, pattern)
+        self._candidates = Candidates(steps, pattern)
         self._lock = Lock()
 
     def __call__(self, jobs: Sequence[tuple[Site, QuantScheme]]) -> list[Rounded]:
@@ -177,8 +172,8 @@ class Solver:
         def found() -> _Solution:
             parts = self._inputs.of(site)
             with _soluble(site, parts):
-                *_, draft = self._drafts.of(W, parts, layout.channels)
-            error = _output_error(W, draft.values, parts) / _power(W, parts)
+                *_, draft = self._candidates.drafts.of(W, parts, layout.channels)
+            error = output_error(W, draft.values, parts) / output_power(W, parts)
             solved = Solved(site.name, {draft.name: error}, draft.name)
             return _Solution(draft.values.astype(np.float32), np.ones((), np.float32), solved)
 
@@ -204,12 +199,12 @@ class Solver:
     def _best(
         self, site: Site, W: Array, scheme: QuantScheme, parts: Parts, channels: int
     ) -> _Solution:
-        power = _power(W, parts)
+        power = output_power(W, parts)
         errors: dict[str, float] = {}
-        best: _Candidate | None = None
-        for candidate in self._candidates(site, W, scheme, parts, channels):
+        best: Candidate | None = None
+        for candidate in self._candidates.of(site, W, scheme, parts, channels):
             values = candidate.grid * numerics.steps(candidate.scale, scheme, W.shape)
-            error = _output_error(W, values, parts) / power
+            error = output_error(W, values, parts) / power
             if best is None or error < min(errors.values()):
                 best = candidate
             errors[candidate.name] = error
@@ -219,58 +214,6 @@ class Solver:
             grid = grid + numerics.zeros(zero, scheme, W.shape)
         solved = Solved(site.name, errors, best.name)
         return _Solution(grid.astype(scheme.format.dtype()), best.scale, solved, zero)
-
-    def _candidates(
-        self, site: Site, W: Array, scheme: QuantScheme, parts: Parts, channels: int
-    ) -> Iterator[_Candidate]:
-        """Rounding to nearest, then what each step makes with those before it."""
-        fmt = scheme.format
-        for draft in self._drafts.of(W, parts, channels):
-            scale, zero = scales_of(site, draft.values, scheme)
-            step, middle = spread(scale, zero, scheme, W.shape)
-            grid = numerics.nearest(draft.values / step, fmt, middle)
-            yield _Candidate(draft.name or "nearest", grid, scale, zero)
-        done, keep = [draft.name] if draft.name else [], draft.keep
-
-        def joint(moments: Moments, W: Array, step: Array) -> tuple[Array, Array]:
-            assert self.pattern is not None
-            sweep = self._drafts.sweep_of(moments, channels)
-            return sparsegpt_rounded(sweep, W, self.pattern, step, fmt)
-
-        def swept(m: Moments, W: Array, step: Array, keep: Array, middle: Array) -> Array:
-            return self._drafts.sweep_of(m, channels).round(W, step, fmt, keep, middle)
-
-        def descended(
-            m: Moments, grid: Array, W: Array, step: Array, keep: Array, middle: Array
-        ) -> Array:
-            H = damped(m.rounded, rounding_damp(m))
-            return descend(grid, W, step, H, fmt, keep=keep, zero=middle)
-
-        def fitted(m: Moments, grid: Array, W: Array, scale: Array) -> Array:
-            return fit_scales(grid, W, scale, damped(m.rounded, rounding_damp(m)), scheme)
-
-        for name in self.steps:
-            wide = np.broadcast_to(step, W.shape)
-            offset = None if middle is None else np.broadcast_to(middle, W.shape)
-            if name == "search":
-                scale, zero = searched(draft.values, _diagonals(parts, W), scheme)
-                step, middle = spread(scale, zero, scheme, W.shape)
-                grid = numerics.nearest(draft.values / step, fmt, middle)
-            elif name == "gptq" and draft.joint and zero is None:
-                grid, keep = by_part(joint, parts, draft.target, wide)
-            elif name == "gptq":
-                (grid,) = by_part(swept, parts, draft.values, wide, keep, offset)
-            elif name == "descent":
-                (grid,) = by_part(descended, parts, grid, draft.target, wide, keep, offset)
-            elif name == "scales" and scale.ndim:
-                (scale,) = by_part(fitted, parts, grid, draft.target, scale)
-                step, middle = spread(scale, zero, scheme, W.shape)
-                wide = np.broadcast_to(step, W.shape)
-                (grid,) = by_part(descended, parts, grid, draft.target, wide, keep, offset)
-            else:
-                continue  # it has been done, before
-            done.append(name)
-            yield _Candidate("+".join(done), grid, scale, zero)
 
     def facts(self) -> dict[str, Any]:
         """The figures for the report."""
@@ -341,42 +284,6 @@ class _Solution:
             raise ValueError("codes of another weight")
         zero = arrays["zero"].view(dtype) if "zero" in arrays else None
         return cls(codes, arrays["scale"].view(dtype_named(scale_type)), solved, zero)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A weight in the format's values (units of a step) [K, N], the scales, and zero points."""
-
-    name: str
-    grid: Array
-    scale: Array
-    zero: Array | None
-
-
-def _output_error(W: Array, values: Array, parts: Parts) -> float:
-    """E||X W - Y V||^2 for the input X in full precision and Y behind rounded layers."""
-
-    def error(moments: Moments, W: Array, V: Array) -> float:
-        if moments.cross is moments.full:
-            return float(output_errors(V - W, moments.full).sum())
-        own = output_errors(W, moments.full).sum() + output_errors(V, moments.rounded).sum()
-        return float(own - 2 * np.einsum("kn,kn->", moments.cross @ W, V, dtype=np.float64))
-
-    return sum(map(error, parts, np.hsplit(W, len(parts)), np.hsplit(values, len(parts))))
-
-
-def _power(W: Array, parts: Parts) -> float:
-    """E||X W||^2; 1 where it is nothing."""
-    shares = zip(parts, np.hsplit(W, len(parts)), strict=True)
-    return sum(float(output_errors(own, m.full).sum()) for m, own in shares) or 1.0
-
-
-def _diagonals(parts: Parts, W: Array) -> Array:
-    """diag(H) of the inputs [K]; where parts have inputs of their own, of each column's [K, N]."""
-    own = [np.diag(moments.rounded) for moments in parts]
-    if len(own) == 1:
-        return own[0]
-    return np.repeat(np.stack(own, axis=1), W.shape[1] // len(own), axis=1)
 
 
 def _matrix(site: Site) -> tuple[Array, Layout]:

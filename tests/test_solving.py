@@ -101,7 +101,9 @@ def test_few_rows_are_trusted_less(tmp_path: Path) -> None:
         steps = STEPS if name == "b" else ("sequential", *STEPS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                solving, "_power", lambda weight, parts: seen.extend(m.rows for m in parts) or 1.0
+                solving,
+                "output_power",
+                lambda weight, parts: seen.extend(m.rows for m in parts) or 1.0,
             )
             chosen = _with("int4-rtn", *steps)
             onnxq.quantize(source, tmp_path / f"{name}.onnx", recipe=chosen, **options)
