@@ -1,7 +1,7 @@
 """The published speed-ups of SDXL, predicted from what the compiler made of the full UNet.
 
 tests/golden/sdxl_speed.json holds plans of tensorrt-rtx 1.7.1 for sm89 of 2026-11-22, level 3,
-ranges made up: sdxl-fp8, before factors on k moved to q at that level too, and sdxl-int8.
+ranges made up: FP16, sdxl-fp8 and sdxl-int8.
 """
 
 from __future__ import annotations
