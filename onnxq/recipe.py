@@ -51,7 +51,8 @@ class Recipe:
         mode: `static` (calibrated scales) or `dynamic` (computed in the graph, no data).
         calibrator: `max`, `percentile:99.99`, `entropy`, `mse`, `mse:2` (see `calibrate.ranges`),
             `output`: the least error of what the layers make of it (see `clipping`), or `steps`: of
-            each denoising step the mean over its samples, of these the smallest.
+            each denoising step the mean over its samples, of these the smallest, as NVIDIA does
+            for the convolutions of SDXL (see `calibrate.steps` for what that may cost).
         conv_calibrator: the same for convolutions; '': as for all.
         sparsity: pattern of zeros, such as `2:4` (see `onnxq.sparsity`); '': none. A step says how.
         steps: methods on the weights, in order: see `onnxq.algorithms.STEPS`; none: the largest

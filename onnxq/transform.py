@@ -79,11 +79,13 @@ def watched_tensors(placement: Placement, unsolved: Mapping[int, str] = {}) -> d
 
 
 def _range_statistic(recipe: Recipe, site: Site) -> str:
-    """What a range is chosen from; recipes for diffusion models keep it by denoising step."""
+    """What a range is chosen from; recipes for diffusion models keep it by denoising step too."""
     method = recipe.calibrator_of(site.kind).partition(":")[0]
     if method == "steps" or (recipe.level and method == "max"):
         return "steps"
-    return "amax" if method == "max" else "histogram"
+    if method == "max":
+        return "amax"
+    return "histogram+steps" if recipe.level else "histogram"
 
 
 def _by_values(method: str) -> str:

@@ -6,7 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from core_graphs import Net, run, snr
 
 import onnxq
 from onnxq.calibrate.table import load_table
@@ -222,7 +224,57 @@ def test_ranges_by_denoising_step(models: Path, tmp_path: Path) -> None:
     assert entry["means"] == [peaks[:2].mean(), peaks[2:].mean()]
     table = load_table(tmp_path / "table.npz")
     assert table.range("sample", "steps") == min(peaks[:2].mean(), peaks[2:].mean())
+    assert table.range("sample", "mse:2") < peaks.max()  # and what the recipe's ranges come from
     assert any("amax over 2 steps" in note for note in made.report.notes)
+
+
+def _by_step(loud: float, huge: float, seed: int) -> dict[str, np.ndarray]:
+    """Inputs of five steps, 8 rows each; at one `loud` times as large; one value `huge`."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((40, 16, 32, 32)).astype(np.float32)
+    x[16:24] *= loud
+    x.reshape(-1)[rng.integers(x.size)] = huge
+    return {"x": x, "timestep": np.repeat(np.arange(900, -1, -200), 8).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("loud", "huge", "beaten"),
+    [(5, 1, {"steps": 20}), (1, 30, {"max": 4}), (5, 150, {"steps": 10, "max": 4})],
+    ids=["a loud step", "a huge value", "both"],
+)
+def test_the_ranges_of_convolutions(
+    tmp_path: Path, loud: float, huge: float, beaten: dict[str, float]
+) -> None:
+    """sdxl-int8 loses neither a loud step, as NVIDIA's rule does, nor the rest for one value.
+
+    Decibels by which other calibrators are beaten, on values that no range was chosen by.
+    """
+    net = Net()
+    x, step = net.input("x", ["n", 16, 32, 32]), net.input("timestep", ["n"])
+    made = net.op("Conv", x, net.weight("w", 32, 16, 3, 3), name="conv", pads=[1, 1, 1, 1])
+    net.output(made)
+    net.output(net.op("Identity", step))
+    source = net.save(tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", **_by_step(loud, huge, 1))
+    heldout = _by_step(loud, huge, 2)
+    exact = run(onnx.load(source), heldout)[0]
+
+    def measured(*changes: str) -> float:
+        onnxq.quantize(
+            source,
+            tmp_path / "q.onnx",
+            recipe="sdxl-int8",
+            rules=["quantize node=conv"],
+            changes=changes,
+            calib=tmp_path / "calib.npz",
+            precision="keep",
+        )
+        return snr(exact, run(onnx.load(tmp_path / "q.onnx"), heldout)[0])
+
+    found = measured()
+    for calibrator, decibels in beaten.items():
+        other = measured(f"conv_calibrator={calibrator}")
+        assert found > other + decibels, (calibrator, found, other)
 
 
 def test_data_without_steps_is_said(models: Path, tmp_path: Path) -> None:

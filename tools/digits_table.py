@@ -1,12 +1,15 @@
 """The trained digits model through every recipe, beside ModelOpt's, on the same calibration data.
 
-    python -m tools.digits_table [--samples 200] [--recipes NAME ...] [--peers] [--out DIR]
+    python -m tools.digits_table [--samples 300] [--recipes NAME ...] [--peers] [--out DIR]
 
 quantizes models/out/digits, samples from each result and from the original from the same noise
 (`onnxq evaluate diffusion`, 20 steps, guidance 2, noise the calibration never saw), and compiles it
-for sm89. A recipe's name may be followed by changes, as in sdxl-fp8:level=3. Prints a Markdown
-table and saves it with all figures and a picture of each recipe in models/out/bench/digits. What is
-there is not made again; delete the folder for a fresh run.
+for sm89. A recipe's name may be followed by changes, as in sdxl-fp8:level=3. Beside ModelOpt, each
+is held against the best of ModelOpt's in the same format, sample by sample, since the same noise
+makes the same samples hard for all: the mean difference, its standard error, and the means of five
+parts of the samples. Prints a Markdown table and saves it with all figures and a picture of each
+recipe in models/out/bench/digits. What is there is not made again; delete the folder for a fresh
+run.
 
 ModelOpt is run by its documented call in an environment of its own (--peers makes it: 3 GB), but
 for its pass on Concat, which fails here (tools/bench/recipes/modelopt_peer.py).
@@ -16,10 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,7 @@ RECIPES = (
     "int8-smoothquant",
     "sdxl-int8",
     "sdxl-int8:conv_calibrator=max",
+    "sdxl-int8:conv_calibrator=steps",
     "int4-rtn:block_size=32",
     "int4-best:block_size=32",
 )
@@ -113,18 +120,44 @@ def judged(folder: Path, model: Path, samples: int, picture: Path) -> Row:
     return row
 
 
-def line(row: Row) -> list[str]:
+def ratios(row: Row) -> list[float]:
+    """PSNR of each sample; empty where there are none, or some are NaN or exact."""
+    each = [float(ratio) for ratio in row.get("samples", {}).get("each", [])]
+    return each if all(map(math.isfinite, each)) else []
+
+
+def form(row: Row) -> str:
+    """The format that a recipe multiplies in, of those that ModelOpt has."""
+    name = row["recipe"].partition(":")[0]
+    return next((word for word in ("fp8", "int8") if word in name), "")
+
+
+def beside(row: Row, peers: list[Row]) -> str:
+    """What a recipe has more than the best of the peer's in its format, in dB, by sample."""
+    others = [one for one in peers if form(one) == form(row) and ratios(one)]
+    if not form(row) or not others or not ratios(row):
+        return ""
+    best = max(others, key=lambda one: statistics.fmean(ratios(one)))
+    more = [a - b for a, b in zip(ratios(row), ratios(best), strict=True)]
+    bounds = [i * len(more) // 5 for i in range(6)]
+    parts = [statistics.fmean(more[i:j]) for i, j in pairwise(bounds)]
+    error = statistics.stdev(more) / math.sqrt(len(more))
+    return f"{statistics.fmean(more):+.2f} +- {error:.2f} ({min(parts):+.1f} to {max(parts):+.1f})"
+
+
+def line(row: Row, peers: list[Row]) -> list[str]:
     """A row of the table."""
     cells = [row["tool"], f"`{row['recipe'].replace(':', ' ')}`", f"{row.get('share', 0):.2f} x"]
     found = row.get("samples")
     if found is None:
-        cells += [row.get("failed", "")[:60], "", ""]
+        cells += [row.get("failed", "")[:60], "", "", ""]
     else:
         cells.append(
             "NaN"
             if found["broken"]
             else f"{found['psnr']:.2f} +- {found['psnr_error']:.2f}, worst {found['worst']:.1f}"
         )
+        cells.append("" if row in peers else beside(row, peers))
         match = found["match"]
         cells.append(f"{match['share']:.3f} ({match['difference']:+.3f})")
         cells.append(
@@ -150,7 +183,7 @@ def compiled(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.digits_table", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--peers", action="store_true", help="ModelOpt too")
     parser.add_argument("--model", type=Path, default=DIGITS, metavar="DIR")
@@ -180,8 +213,10 @@ def main() -> None:
                 row["failed"] = str(error)
             result.write_text(json.dumps(row, indent=2))
         rows.append(json.loads(result.read_text()))
-    head = ["tool", "recipe", "file", "PSNR dB", "class as asked", "95 %", "compiled for sm89"]
-    table = [head, ["---"] * len(head), *map(line, rows)]
+    head = ["tool", "recipe", "file", "PSNR dB", "more than ModelOpt's best, by fifths"]
+    head += ["class as asked", "95 %", "compiled for sm89"]
+    peers = [row for row in rows if row["tool"] != "onnxq"]
+    table = [head, ["---"] * len(head), *(line(row, peers) for row in rows)]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     (given.out / "table.md").write_text(text + "\n")
     print(text)

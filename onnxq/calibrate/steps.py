@@ -7,6 +7,19 @@ magnitudes and the largest of all: 24 bytes a step.
 The range that NVIDIA's INT8 recipe for SDXL takes for convolutions is the smallest, over the steps,
 of the mean over a step's batches: each step's sum divided by its number of batches (not by that of
 the steps, which gives the same only where both are alike).
+
+No preset takes it: where a layer is louder at some steps than at others, it clips whole steps, and
+samples show all of them. PSNR in dB against full precision of a UNet of 1 M parameters trained on
+digits, sdxl-int8 with 18 convolutions, 20 steps, 100 samples of unseen noise (+- 0.3), by four
+draws of calibration data:
+
+    steps    34.0  34.2  34.2  33.9     the worst convolution covers 0.27 of its largest value
+    max      51.6  52.8  51.9  51.2
+    mse      52.8  52.6  52.4  52.8
+    mse:2    53.1  52.9  53.4  53.0
+
+It is meant for inputs with few huge values. Least squared error clips those too, and counts what
+that costs; no step is lost to it, since each has as many values as any other.
 """
 
 from __future__ import annotations

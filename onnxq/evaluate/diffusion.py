@@ -53,6 +53,8 @@ class Diffusion:
             samples; None where they are NaN or infinite.
         schedule: what was sampled by.
         match: what a classifier makes of the samples, if there was one.
+        each: the ratio of each sample in dB, so that two candidates can be held against each other
+            sample by sample.
         notes: how the models were run.
     """
 
@@ -69,6 +71,7 @@ class Diffusion:
     by_step: tuple[tuple[int, float | None], ...] = ()
     schedule: dict[str, Any] = field(default_factory=dict)
     match: Match | None = None
+    each: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ class Diffusion:
         values["by_step"] = [
             {"timestep": timestep, "snr_db": jsonable(snr)} for timestep, snr in self.by_step
         ]
+        values["each"] = [jsonable(ratio) for ratio in self.each]
         values["match"] = None if self.match is None else self.match.as_dict()
         return values
 
@@ -305,6 +309,7 @@ def _summary(
         by_step=tuple(zip(plan.timesteps, (e.snr for e in errors), strict=True)),
         schedule=plan.schedule.as_dict(),
         match=matched,
+        each=tuple(map(float, ratios)),
         notes=tuple(dict.fromkeys(notes)),
     )
 

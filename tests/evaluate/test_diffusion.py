@@ -121,6 +121,7 @@ def test_mean_worst_and_error_by_hand(tmp_path: Path, plan: Schedule, targets: P
     squared = np.square(0.1 * target).mean(axis=(1, 2, 3))
     ratios = 10 * np.log10(np.ptp(target) ** 2 / squared)
     assert found.psnr == pytest.approx(ratios.mean(), abs=0.01)
+    assert found.each == pytest.approx(ratios, abs=0.01)
     assert found.psnr_error == pytest.approx(ratios.std(ddof=1) / math.sqrt(3), abs=0.01)
     assert (found.worst, found.worst_sample) == (
         pytest.approx(ratios.min(), abs=0.01),
