@@ -2,6 +2,7 @@
 
     python -m models.sdxl_unet [--size tiny|quarter|full] [--dtype fp16|fp32] [--dynamic]
                                [--out DIR] [--force]
+    python -m models.sdxl_unet --pipeline DIR --out DIR [--dtype fp16|fp32] [--dynamic]
 
 writes into models/out/sdxl-unet-SIZE-DTYPE/, with --dynamic into one that ends in -dynamic
 
@@ -18,9 +19,13 @@ writes into models/out/sdxl-unet-SIZE-DTYPE/, with --dynamic into one that ends 
     quarter  32   512   320   106 M       as many blocks as full, a fifth of the width
     full     128  2048  1280  2567 M      stabilityai/stable-diffusion-xl-base-1.0
 
-The numbers are random, so a quantized copy can be compared with the original, but no image comes of
-it. Every norm and bias is drawn by itself: the exporter merges equal initializers, and constant
-norms would give one weight to 70 layers, which no trained model has.
+With --pipeline it is the UNet of a diffusers pipeline saved in DIR, with its size and its weights;
+no calib.npz (tools/capture_diffusers.py makes captures), but the pipeline's scheduler_config.json,
+by which `onnxq evaluate diffusion` samples.
+
+Otherwise the numbers are random, so a quantized copy can be compared with the original, but no
+image comes of it. Every norm and bias is drawn by itself: the exporter merges equal initializers,
+and constant norms would give one weight to 70 layers, which no trained model has.
 
 Initializers are called by their module path: linear weights, which the exporter stores transposed
 as `val_N`, become `<module path>.weight_T`.
@@ -33,7 +38,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +51,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import logging as diffusers_logging
 
-from models.files import OUT, finished, shown, size, staged
+from models.files import OUT, finished, staged
 from models.module_names import name_by_module
 from models.torch_export import export_dynamo, summary
 
@@ -140,8 +147,26 @@ def random_unet(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Sd
     return unet.eval()
 
 
+def pipeline_unet(folder: Path, dtype: torch.dtype) -> SdxlUnet:
+    """The UNet of a diffusers pipeline of SDXL's kind.
+
+    Raises:
+        SystemExit: there is none, or it takes other conditions.
+    """
+    if not (folder / "unet" / "config.json").is_file():
+        raise SystemExit(f"{folder} is no diffusers pipeline with a UNet: no unet/config.json")
+    diffusers_logging.set_verbosity_error()
+    unet: SdxlUnet = SdxlUnet.from_pretrained(
+        folder, subfolder="unet", torch_dtype=dtype, local_files_only=True
+    )
+    if unet.config["addition_embed_type"] != "text_time":
+        raise SystemExit(f"the UNet of {folder} does not take text_embeds and time_ids as SDXL's")
+    unet.set_attn_processor(AttnProcessor2_0())
+    return unet.eval()
+
+
 def samples(
-    config: dict[str, Any], dtype: np.dtype[Any], count: int, seed: int
+    config: Mapping[str, Any], dtype: np.dtype[Any], count: int, seed: int
 ) -> dict[str, np.ndarray[Any, Any]]:
     """`count` samples of two rows each: the same latents and timestep, different conditions."""
     rng = np.random.default_rng(seed)
@@ -159,33 +184,34 @@ def samples(
     return {name: made[name].astype(dtype) for name in INPUTS}
 
 
-def build(folder: Path, which: str, dtype: str, dynamic: bool = False) -> None:
-    """Export the UNet and write its data into `folder`."""
-    start = time.perf_counter()
-    config, kind = CONFIGS[which], np.dtype(np.float16 if dtype == "fp16" else np.float32)
+def build(
+    folder: Path, unet: SdxlUnet, config: Mapping[str, Any], dtype: str, dynamic: bool = False
+) -> None:
+    """Export the UNet into `folder`."""
+    kind = np.dtype(np.float16 if dtype == "fp16" else np.float32)
     example = samples(config, kind, count=1, seed=0)
     sides = {2: "height", 3: "width"} if dynamic else {}
-    with staged(folder) as stage:
-        path = stage / "model.onnx"
-        program = export_dynamo(
-            random_unet(config, DTYPES[dtype]),
-            tuple(torch.from_numpy(example[name]) for name in INPUTS),
-            INPUTS,
-            ["out_sample"],
-            ({0: "batch"} | sides, *({0: "batch"},) * (len(INPUTS) - 1)),
-            OPSET,
-        )
-        program.save(path, external_data=True)
-        del program
-        model = onnx.load(path, load_external_data=False)
-        name_by_module(model)
-        onnx.save(model, path)
-        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if which != "full":
-            for name, count, seed in (("calib.npz", 4, 1), ("heldout.npz", 2, 2)):
-                np.savez(stage / name, **samples(config, kind, count, seed))
-                print(f"{shown(folder / name)}: {count} samples, {size(stage / name)}")
-    print(summary(folder / "model.onnx"), f"{time.perf_counter() - start:.0f} s")
+    path = folder / "model.onnx"
+    program = export_dynamo(
+        unet,
+        tuple(torch.from_numpy(example[name]) for name in INPUTS),
+        INPUTS,
+        ["out_sample"],
+        ({0: "batch"} | sides, *({0: "batch"},) * (len(INPUTS) - 1)),
+        OPSET,
+    )
+    program.save(path, external_data=True)
+    del program
+    model = onnx.load(path, load_external_data=False)
+    name_by_module(model)
+    onnx.save(model, path)
+
+
+def write_data(folder: Path, config: Mapping[str, Any], dtype: str) -> None:
+    """Random samples, to calibrate a random UNet with and to measure it."""
+    kind = np.dtype(np.float16 if dtype == "fp16" else np.float32)
+    for name, count, seed in (("calib.npz", 4, 1), ("heldout.npz", 2, 2)):
+        np.savez(folder / name, **samples(config, kind, count, seed))
 
 
 def main() -> None:
@@ -196,11 +222,29 @@ def main() -> None:
     parser.add_argument("--dynamic", action="store_true", help="any height and width")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--force", action="store_true", help="rebuild what is there")
+    parser.add_argument("--pipeline", type=Path, metavar="DIR", help="export the UNet in it")
     options = parser.parse_args()
+    if options.pipeline and not options.out:
+        parser.error("--pipeline needs --out")
     suffix = "-dynamic" if options.dynamic else ""
     folder = options.out or OUT / f"sdxl-unet-{options.size}-{options.dtype}{suffix}"
-    if not finished(folder / "model.onnx", force=options.force):
-        build(folder, options.size, options.dtype, options.dynamic)
+    if finished(folder / "model.onnx", force=options.force):
+        return
+    start, config = time.perf_counter(), CONFIGS[options.size]
+    if options.pipeline:
+        unet = pipeline_unet(options.pipeline, DTYPES[options.dtype])
+        config = {name: unet.config[name] for name in config}
+    else:
+        unet = random_unet(config, DTYPES[options.dtype])
+    with staged(folder) as stage:
+        build(stage, unet, config, options.dtype, options.dynamic)
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        schedule = Path(options.pipeline or "", "scheduler", "scheduler_config.json")
+        if options.pipeline and schedule.is_file():
+            shutil.copyfile(schedule, stage / schedule.name)
+        elif not options.pipeline and options.size != "full":
+            write_data(stage, config, options.dtype)
+    print(summary(folder / "model.onnx"), f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

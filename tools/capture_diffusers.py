@@ -8,7 +8,9 @@ encoder_hidden_states [2, 77, C], text_embeds [2, P], time_ids [2, 6]; without t
 the model has none. `onnxq quantize --calib captures/` takes the folder, and keeps ranges by
 timestep.
 
-Needs torch and diffusers. DIR is a pipeline's folder; nothing is downloaded.
+Needs torch and diffusers. DIR is a pipeline's folder; nothing is downloaded. It runs in float16 on
+a GPU, else in float32, which a CPU is faster in; `onnxq quantize` takes either for a model of
+either type. `python -m models.sdxl_unet --pipeline DIR` exports the UNet.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def capture(
                 **options,
             )
         total += len(written)
-        print(f"{index + 1} of {len(prompts)} prompts, {total} samples")
+        print(f"{index + 1} of {len(prompts)} prompts, {total} samples", flush=True)
     return total
 
 
@@ -88,16 +90,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--size", type=int, help="pixels of a side; the pipeline's own if not said")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("--dtype", choices=("float16", "float32"), help="default: as above")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     prompts = [line.strip() for line in given.prompts.read_text().splitlines() if line.strip()]
+    if not (given.model / "model_index.json").is_file():
+        parser.error(f"{given.model} is no diffusers pipeline: it has no model_index.json")
+    if not prompts:
+        parser.error(f"{given.prompts} has no prompts")
+    dtype = given.dtype or ("float32" if given.device == "cpu" else "float16")
     pipeline = DiffusionPipeline.from_pretrained(
-        given.model, torch_dtype=getattr(torch, given.dtype), local_files_only=True
+        given.model, torch_dtype=getattr(torch, dtype), local_files_only=True
     ).to(given.device)
+    if getattr(pipeline, "unet", None) is None:
+        parser.error(f"the pipeline in {given.model} has no UNet")
     size = {} if given.size is None else {"height": given.size, "width": given.size}
     capture(pipeline, prompts[: given.limit], given.out, steps=given.steps, seed=given.seed, **size)
+    print(
+        f"wrote {given.out}; next: onnxq quantize MODEL.onnx --recipe sdxl-fp8 --calib {given.out}"
+    )
 
 
 if __name__ == "__main__":

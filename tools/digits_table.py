@@ -1,6 +1,6 @@
 """The trained digits model through every recipe, beside ModelOpt's, on the same calibration data.
 
-    python -m tools.digits_table [--samples 300] [--recipes NAME ...] [--peers] [--out DIR]
+    python -m tools.digits_table [--samples 200] [--recipes NAME ...] [--peers] [--out DIR]
 
 quantizes models/out/digits, samples from each result and from the original from the same noise
 (`onnxq evaluate diffusion`, 20 steps, guidance 2, noise the calibration never saw), and compiles it
@@ -183,7 +183,7 @@ def compiled(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.digits_table", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--peers", action="store_true", help="ModelOpt too")
     parser.add_argument("--model", type=Path, default=DIGITS, metavar="DIR")
