@@ -26,6 +26,9 @@ from onnxq.cli_options import (
     data_options,
     finish,
     given_data,
+    kept_changes,
+    parse_share,
+    parse_size,
     say,
 )
 from onnxq.errors import OnnxqError
@@ -62,7 +65,7 @@ class _Verbs(click.Group):
 @click.pass_context
 def main(ctx: click.Context, quiet: bool) -> None:
     """Quantize ONNX models for TensorRT, and prove what the compiler makes of them."""
-    from onnxq.terminal import progress_line
+    from onnxq.progress import progress_line
 
     ctx.obj = progress_line(quiet)
 
@@ -140,7 +143,7 @@ def quantize(
 ) -> None:
     """Write a quantized copy of MODEL."""
     from onnxq import api
-    from onnxq.terminal import kept_changes, parse_size, quantized_lines
+    from onnxq.terminal import quantized_lines
 
     data = given_data(options)
     options["changes"] += kept_changes(*(options.pop(n) for n in _KEPT))
@@ -189,7 +192,7 @@ def prune(
 ) -> None:
     """Write a copy of MODEL with zeros in its weights, which keep their type."""
     from onnxq import api
-    from onnxq.terminal import checked_lines, parse_size, quantized_lines
+    from onnxq.terminal import checked_lines, quantized_lines
 
     data = given_data(options)
     if check:
@@ -361,7 +364,7 @@ def compare(
 def recommend(progress: Any, /, accuracy_budget: str, report: Path | None, **options: Any) -> None:
     """Name a recipe for a GPU and a use of MODEL, why, and the memory it needs."""
     from onnxq import api
-    from onnxq.terminal import parse_share, recommended_lines
+    from onnxq.terminal import recommended_lines
 
     result = api.recommend(accuracy_budget=parse_share(accuracy_budget), **options)
     finish(progress, result, recommended_lines(result), report)

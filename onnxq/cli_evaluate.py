@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from onnxq.cli_options import MODEL, REPORT, finish, say
+from onnxq.cli_options import MODEL, REPORT, finish, parse_dims, say
 
 _REFERENCE = click.option(
     "--reference",
@@ -125,7 +125,7 @@ def diffusion(
 ) -> None:
     """Samples of a diffusion model against its original's, from the same noise."""
     from onnxq import api
-    from onnxq.terminal import parse_dims, sampled_lines
+    from onnxq.terminal import sampled_lines
 
     result = api.evaluate_diffusion(model, size=parse_dims(size), progress=progress, **options)
     finish(progress, result, sampled_lines(result), report)

@@ -1,7 +1,8 @@
-"""What the verbs of the command line share: options, and how each ends."""
+"""What the verbs of the command line share: options, how they are read, and how each ends."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxq.errors import OnnxqError
 from onnxq.gpus import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from onnxq.samples import Data
 
 Command = Callable[..., Any]
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 class Output(click.Path):
@@ -110,6 +113,44 @@ MEMORY = click.option(
     metavar="SIZE",
     help="What calibration may take, such as 8GB: a larger model runs in segments.",
 )
+
+
+def parse_size(text: str | None) -> int | None:
+    """Read `2GB`, `512MiB` or a number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmg]i?)?b?\s*", text.lower())
+    try:
+        size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise OnnxqError(f"cannot read the size {text!r}", "write it as 2GB or 512MiB")
+    return size
+
+
+def parse_dims(text: str | None) -> tuple[int, ...] | None:
+    """Read `4x128x128`."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", text):
+        raise OnnxqError(f"cannot read the size {text!r}", "write it as 4x128x128")
+    return tuple(map(int, text.split("x")))
+
+
+def parse_share(text: str) -> float:
+    """Read `0.5%` or `0.005`."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    if match is None:
+        raise OnnxqError(f"cannot read the share {text!r}", "write it as 0.5% or 0.005")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def kept_changes(worst: int | None, flops: str | None, snr: float | None) -> tuple[str, ...]:
+    """The bounds on what is left for its error, as fields of a recipe."""
+    share = None if flops is None else parse_share(flops)
+    given = {"keep_worst": worst, "keep_flops": share, "snr": snr}
+    return tuple(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 def say(line: str, err: bool = False) -> None:

@@ -1,14 +1,11 @@
-"""Results as lines for a terminal, and the progress line; text only, printed by `cli`."""
+"""Results as lines for a terminal; text only, printed by `cli`."""
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
-
-from onnxq.errors import OnnxqError
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxq.engine.coverage import Coverage
@@ -24,11 +21,7 @@ if TYPE_CHECKING:
         Sampled,
     )
 
-_QUIET_FIRST = 2.0
-_EVERY = 0.2
-_PLAIN_EVERY = 15.0
 _SHOWN = 8
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _FIGURES = re.compile(r"-?\d+\.\d+")
 _KINDS = {
     "linear": "linear layers",
@@ -39,87 +32,11 @@ _KINDS = {
 }
 
 
-class ProgressLine:
-    """Draws steps that last longer than two seconds: one live line on a terminal, else a plain
-    line now and then. Nothing with `quiet`."""
-
-    def __init__(self, stream: TextIO, live: bool, quiet: bool) -> None:
-        self._stream, self._live, self._quiet = stream, live, quiet
-        self._step, self._since, self._last = "", 0.0, 0.0
-        self._first, self._drawn = 0, False
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if step != self._step:
-            self.close()
-            self._step, self._since, self._last, self._first = step, now, now, done
-        every = _EVERY if self._live else _PLAIN_EVERY
-        if self._quiet or now - self._since < _QUIET_FIRST or now - self._last < every:
-            return
-        self._last, self._drawn = now, True
-        text = f"{step}: {done} of {total}" if total else f"{step}: {now - self._since:.0f} s"
-        if total and done > self._first:
-            left = (now - self._since) / (done - self._first) * (total - done)
-            text += f", {left:.0f} s left"
-        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Wipe the live line."""
-        if self._drawn and self._live:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-        self._drawn = False
-
-
-def progress_line(quiet: bool) -> ProgressLine:
-    """Progress on standard error."""
-    return ProgressLine(sys.stderr, sys.stderr.isatty(), quiet)
-
-
-def parse_size(text: str | None) -> int | None:
-    """Read `2GB`, `512MiB` or a number of bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmg]i?)?b?\s*", text.lower())
-    try:
-        size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise OnnxqError(f"cannot read the size {text!r}", "write it as 2GB or 512MiB")
-    return size
-
-
-def parse_dims(text: str | None) -> tuple[int, ...] | None:
-    """Read `4x128x128`."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", text):
-        raise OnnxqError(f"cannot read the size {text!r}", "write it as 4x128x128")
-    return tuple(map(int, text.split("x")))
-
-
 def printable(line: str) -> str:
     """The line with control characters, and what the output cannot encode, as escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def parse_share(text: str) -> float:
-    """Read `0.5%` or `0.005`."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
-    if match is None:
-        raise OnnxqError(f"cannot read the share {text!r}", "write it as 0.5% or 0.005")
-    return float(match[1]) / (100 if match[2] else 1)
-
-
-def kept_changes(worst: int | None, flops: str | None, snr: float | None) -> tuple[str, ...]:
-    """The bounds on what is left for its error, as fields of a recipe."""
-    share = None if flops is None else parse_share(flops)
-    given = {"keep_worst": worst, "keep_flops": share, "snr": snr}
-    return tuple(f"{name}={value}" for name, value in given.items() if value is not None)
 
 
 def megabytes(size: float) -> str:

@@ -14,8 +14,8 @@ import pytest
 from onnx import numpy_helper, parser
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from onnxq.cli_options import parse_share
 from onnxq.errors import OnnxqError
-from onnxq.terminal import parse_share
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -6,15 +6,15 @@ import io
 
 import pytest
 
-from onnxq import terminal
+from onnxq import progress
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[float, int]], total: int) -> list[str]:
     """The plain lines of a step that is called at these seconds with so much done."""
     stream = io.StringIO()
-    line = terminal.ProgressLine(stream, live=False, quiet=False)
+    line = progress.ProgressLine(stream, live=False, quiet=False)
     for second, done in calls:
-        monkeypatch.setattr(terminal.time, "monotonic", lambda now=second: 1000.0 + now)
+        monkeypatch.setattr(progress.time, "monotonic", lambda now=second: 1000.0 + now)
         line("work", done, total)
     return stream.getvalue().splitlines()
 

@@ -378,13 +378,13 @@ def test_the_step_to_16_bits_is_refused_before_anything_runs(tmp_path: Path) -> 
 
 AT_STEP = """
 import os, signal
-from onnxq import terminal
-real = terminal.ProgressLine.__call__
+from onnxq import progress
+real = progress.ProgressLine.__call__
 def call(self, step, done, total):
     if step == "calibrate" and done == 6:
         os.kill(os.getpid(), signal.{signal})
     real(self, step, done, total)
-terminal.ProgressLine.__call__ = call
+progress.ProgressLine.__call__ = call
 """
 
 

@@ -109,13 +109,13 @@ def _onnxq(
 
 AT_STEP = """
 import os, signal
-from onnxq import terminal
-real = terminal.ProgressLine.__call__
+from onnxq import progress
+real = progress.ProgressLine.__call__
 def call(self, step, done, total):
     if step == {step!r}:
         os.kill(os.getpid(), signal.SIGINT)
     real(self, step, done, total)
-terminal.ProgressLine.__call__ = call
+progress.ProgressLine.__call__ = call
 """
 AT_CALL = """
 import os, signal
