@@ -87,7 +87,11 @@ MODEL = click.argument("model", type=click.Path(path_type=Path))
 TARGET = click.option(
     "--target", default=DEFAULT_TARGET, show_default=True, metavar="SM", help="Compute capability."
 )
-REPORT = click.option("--report", type=Output(path_type=Path), help="Write the report as JSON.")
+REPORT = click.option(
+    "--report",
+    type=Output(path_type=Path),
+    help="Write the report as JSON, or as a page to read (.html).",
+)
 RECIPE = click.option(
     "--recipe",
     metavar="NAME|FILE",

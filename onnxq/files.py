@@ -216,8 +216,13 @@ def flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file in UTF-8, atomically."""
     with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(content, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxq.calibrate.ranges import Ranges
 from onnxq.calibrate.steps import NO_STEP, StepAmax
 from onnxq.calibrate.table import CalibrationTable
+from onnxq.page import change
 from onnxq.placement import Placement
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -14,28 +16,36 @@ _SHOWN = 3
 _COLUMNS = 50
 
 
-def loudness(placement: Placement, table: CalibrationTable) -> dict[str, Any] | None:
+def loudness(
+    placement: Placement, table: CalibrationTable, ranges: Ranges
+) -> dict[str, Any] | None:
     """The largest magnitude of each quantized layer's input by step, and the mean over its samples.
 
     Returns:
-        `steps`, from the noisiest on, and by layer `peaks` and `means`; None where the calibration
-        was not kept by step, or knows of one alone.
+        `steps`, from the noisiest on, and by layer its `module`, `peaks`, `means`, and the
+        magnitude `covered` by its codes; None where the calibration was not kept by step, or knows
+        of one alone.
     """
     layers: dict[str, Any] = {}
     steps: tuple[float, ...] = ()
-    for decision in placement.quantized:
-        found = table.statistics.get(decision.site.node.inputs[0].name, {}).get(StepAmax.name)
+    for site in (decision.site for decision in placement.quantized):
+        found = table.statistics.get(site.node.inputs[0].name, {}).get(StepAmax.name)
         if isinstance(found, StepAmax) and len(found.steps) > 1:
             steps = found.steps
-            layers[decision.site.name] = {"peaks": found.peaks(), "means": found.means()}
+            covered = ranges.get((id(site.node), 0))
+            layers[site.name] = {
+                "module": site.module,
+                "peaks": found.peaks(),
+                "means": found.means(),
+                "covered": None if covered is None else covered.peak,
+            }
     return {"steps": list(steps), "layers": layers} if layers else None
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The layers that change most over the steps, drawn."""
-    layers = {name: entry["peaks"] for name, entry in found["layers"].items()}
-    change = {name: max(p) / min(p) for name, p in layers.items() if min(p) > 0}
-    loudest = sorted(change, key=lambda name: -change[name])[:_SHOWN]
+    layers = {entry["module"] or name: entry["peaks"] for name, entry in found["layers"].items()}
+    loudest = sorted(layers, key=lambda name: -change(layers[name]))[:_SHOWN]
     said = [
         f"{name} {_bars(layers[name])} {min(layers[name]):.3g} to {max(layers[name]):.3g}"
         for name in loudest

@@ -157,7 +157,7 @@ def say_steps(work: Work) -> None:
     from onnxq.loudness import lines, loudness, missing
 
     assert work.table is not None
-    found = loudness(work.placement, work.table)
+    found = loudness(work.placement, work.table, work.ranges or {})
     if found is not None:
         work.report.facts["amax_by_step"] = found
         work.report.notes += lines(found)

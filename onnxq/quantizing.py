@@ -166,8 +166,8 @@ def _choose_ranges(work: Work) -> None:
     from onnxq.transform import activation_ranges
 
     if work.table is not None:
-        say_steps(work)
         work.ranges = activation_ranges(work.placement, work.table)
+        say_steps(work)
 
 
 def _leave_costly(work: Work) -> Recipe:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxq.files import write_json
+from onnxq.files import write_json, write_text
+from onnxq.page import page
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,12 @@ class Report:
         }
 
     def save(self, path: Path | str) -> None:
-        """Write the report as JSON."""
-        write_json(Path(path), self.as_dict())
+        """Write the report as JSON; where the name ends in .html, as a page to read."""
+        path = Path(path)
+        if path.suffix.lower() in (".html", ".htm"):
+            write_text(path, page(self.as_dict()))
+        else:
+            write_json(path, self.as_dict())
 
 
 def plain(value: Any) -> Any:

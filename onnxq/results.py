@@ -36,7 +36,7 @@ class Result:
         return self.report.as_dict()
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON; where the name ends in .html, as a page to read."""
         self.report.save(path)
 
 

@@ -223,6 +223,7 @@ def test_ranges_by_denoising_step(models: Path, tmp_path: Path) -> None:
     assert entry["peaks"] == [peaks[:2].max(), peaks[2:].max()]
     assert entry["means"] == [peaks[:2].mean(), peaks[2:].mean()]
     table = load_table(tmp_path / "table.npz")
+    assert (entry["module"], entry["covered"]) == ("conv_in", table.range("sample", "mse:2"))
     assert table.range("sample", "steps") == min(peaks[:2].mean(), peaks[2:].mean())
     assert table.range("sample", "mse:2") < peaks.max()  # and what the recipe's ranges come from
     assert any("amax over 2 steps" in note for note in made.report.notes)
