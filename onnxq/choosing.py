@@ -13,7 +13,7 @@ from onnxq.base import Precision
 from onnxq.errors import OnnxqError
 from onnxq.files import refuse_unwritable
 from onnxq.gpus import target as find_target
-from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule
+from onnxq.recipe import Recipe, check_calibrator, default_for, parse_rule, presets
 from onnxq.recipe import load as load_recipe
 from onnxq.report import Report
 from onnxq.rules import check_choice
@@ -103,6 +103,7 @@ def placed(
     requantize: bool = False,
 ) -> tuple[Model, Placement]:
     """Load, prepare and place; what that changed or found goes into the report."""
+    from onnxq.footprint import diffuses
     from onnxq.graph.model import Model
     from onnxq.graph.precision import BASES
     from onnxq.graph.prepare import prepare
@@ -117,6 +118,10 @@ def placed(
         _strip(model, report)
     placement = place(model, recipe, find_target(target))
     report.notes += placement.notes
+    apt = f"sdxl-{recipe.activations}"
+    better = recipe.mode == "static" and not recipe.level and apt in presets()
+    if better and diffuses(model, (decision.site.kind for decision in placement.decisions)):
+        report.notes.append(f"a diffusion UNet: --recipe {apt} changes its samples less")
     if not placement.quantized:
         report.notes.append(f"there is no node to {'quantize' if recipe.quantizes else 'prune'}")
     return model, placement

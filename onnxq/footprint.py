@@ -6,6 +6,7 @@ No weight is read: shapes and types say it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from onnxq.calibrate.steps import INPUTS
@@ -64,12 +65,19 @@ class Footprint:
 def kind(model: Model) -> Kind:
     """What the model does."""
     kinds = [site.kind for site in find_sites(model)]
-    told = any(spec.name in INPUTS for spec in model.inputs())
     return Kind(
-        generates(model),
-        kinds.count("conv") > kinds.count("linear"),
-        told and {"conv", "attention"} <= set(kinds),
+        generates(model), kinds.count("conv") > kinds.count("linear"), diffuses(model, kinds)
     )
+
+
+def diffuses(model: Model, kinds: Iterable[str]) -> bool:
+    """Whether it is a UNet with attention that is told the denoising step.
+
+    Args:
+        kinds: of its sites.
+    """
+    told = any(spec.name in INPUTS for spec in model.inputs())
+    return told and {"conv", "attention"} <= set(kinds)
 
 
 def footprint(model: Model, placement: Placement) -> Footprint:

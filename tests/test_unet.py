@@ -106,6 +106,25 @@ def test_a_model_that_is_no_unet_has_few_roles(models: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "recipe", "named"),
+    [
+        ("sdxl-unet-tiny-fp16", "fp8", "sdxl-fp8"),
+        ("sdxl-unet-tiny-fp16", "int8-smoothquant", "sdxl-int8"),
+        ("sdxl-unet-tiny-fp16", "sdxl-int8", ""),
+        ("sdxl-unet-tiny-fp16", "fp8-dynamic", ""),
+        ("sdxl-unet-tiny-fp16", "int4-rtn", ""),
+        ("minilm", "fp8", ""),
+    ],
+)
+def test_the_recipe_for_a_diffusion_unet_is_named(
+    models: Path, model: str, recipe: str, named: str
+) -> None:
+    notes = onnxq.inspect(models / model / "model.onnx", recipe=recipe).report.notes
+    said = [note for note in notes if note.startswith("a diffusion UNet")]
+    assert said == ([f"a diffusion UNet: --recipe {named} changes its samples less"] * bool(named))
+
+
+@pytest.mark.parametrize(
     ("recipe", "change", "message"),
     [
         ("sdxl-fp8", "level=5", "no level 5"),
