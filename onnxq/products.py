@@ -32,7 +32,7 @@ _BLOCKS_EACH = 8
 """Blocks that are worth a thread."""
 
 _MAGNITUDE = 0x7FFF  # without its sign bit, a 16-bit float is the larger the larger the integer
-_INFINITE = 0x7C00  # of FP16
+_INFINITE, _NEGATIVE = 0x7C00, 0xFC00  # FP16's infinities: beyond them is NaN
 _HALVES = ("float16", "bfloat16")
 
 
@@ -133,7 +133,8 @@ def _can_widen(block: Array) -> bool:
     """Of 16 bits; but FP16's infinity would become the next power of two."""
     if block.dtype != np.float16:
         return block.dtype.name in _HALVES
-    return bool(np.bitwise_and(block.view(np.uint16), _MAGNITUDE).max(initial=0) < _INFINITE)
+    largest = block.view(np.int16).max(initial=0), block.view(np.uint16).max(initial=0)
+    return bool(largest[0] < _INFINITE and largest[1] < _NEGATIVE)
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[Part]:

@@ -6,7 +6,7 @@ no operator is added; where that cannot be done, or would gain nothing, the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from onnxq.calibrate.table import CalibrationTable
 from onnxq.formats import QuantScheme
 from onnxq.graph.edit import Editor
 from onnxq.graph.fold import Fold, find_fold
+from onnxq.graph.fold_readers import weights_of
 from onnxq.graph.ir import Tensor
 from onnxq.graph.model import Model
 from onnxq.numerics import FloatArray
@@ -33,6 +34,7 @@ from onnxq.report import Edit
 from onnxq.rounding import refuse_infinite, weight_matrix
 from onnxq.sites import Site, current
 from onnxq.smoothing import Fit, Weights, search_factors
+from onnxq.threads import in_order
 from onnxq.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -78,7 +80,9 @@ def rescale(
         _peaks, beside=beside or model.path, memory=memory, device=device, progress=progress
     )
     peaks = run(model, groups, samples) if samples is not None else {}
+    looked_at = _looked_at(groups)
     for done, (tensor, sites) in enumerate(groups, 1):
+        next(looked_at)
         readers, explicit = [site.node for site in sites], placement.recipe.explicit
         fold = find_fold(model, tensor, readers, explicit=explicit and name == "smoothquant")
         if isinstance(fold, str):
@@ -169,6 +173,15 @@ def _applied(name: str, editor: Editor, fold: Fold, s: FloatArray | None, said: 
         return Edit(name, "leave", fold.tensor.name, said)
     edit = fold.apply(editor, s)
     return Edit(name, edit.verb, edit.target, f"{said}; {edit.reason}")
+
+
+def _looked_at(groups: Sequence[tuple[Tensor, list[Site]]]) -> Iterator[list[FloatArray]]:
+    """The largest values of the weights of each group, ahead of it and by several threads.
+
+    They are kept with the weights, where `Fold` finds them.
+    """
+    weights = [weights_of(tensor, [site.node for site in sites]) for tensor, sites in groups]
+    return in_order(lambda each: [look() for look in each], weights)
 
 
 def _loudest(fold: Fold, sites: Sequence[Site]) -> FloatArray:

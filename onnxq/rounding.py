@@ -57,7 +57,7 @@ class Rounding(Protocol):
 class Nearest:
     """Round to nearest: the largest magnitude under each scale becomes the largest code."""
 
-    ahead = False  # nothing is computed before it is written
+    ahead = True
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Rounded] = {}

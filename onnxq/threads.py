@@ -10,11 +10,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from threading import Lock, local
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+_thread = local()
+
+
+def _join_others() -> None:
+    _thread.has_others = True
 
 
 def cores() -> int:
@@ -34,7 +41,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = N
     if workers < 2:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=_join_others) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -51,10 +58,11 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = N
 def spread(work: Callable[[Sequence[T]], R], items: Sequence[T], least: int) -> list[R]:
     """The results of `work` on shares of the items, one a core and each of `least` or more.
 
-    Who gets which items depends on the cores: what comes of it all must not.
+    Who gets which items depends on the cores: what comes of it all must not. Work that `in_order`
+    has given to several threads is not shared out again.
     """
     workers = min(cores(), len(items) // least)
-    if workers < 2:
+    if workers < 2 or getattr(_thread, "has_others", False):
         return [work(items)]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, [items[i::workers] for i in range(workers)]))

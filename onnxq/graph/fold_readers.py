@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.graph.absorb import Index, Part, StopError
 from onnxq.graph.query import constant_operand, label
-from onnxq.graph.rescale import check_float
+from onnxq.graph.rescale import check_float, largest
+from onnxq.products import Factors
 
 
 def read_by(tensor: gs.Tensor, readers: Sequence[gs.Node]) -> tuple[tuple[Part, ...], Index, int]:
@@ -23,6 +25,19 @@ def read_by(tensor: gs.Tensor, readers: Sequence[gs.Node]) -> tuple[tuple[Part, 
     (axes, size) = shapes.pop()
     index = np.arange(size).reshape(-1, *(1,) * (axes - 1))
     return tuple(part for part, _, _ in found), index, size
+
+
+def weights_of(tensor: gs.Tensor, readers: Sequence[gs.Node]) -> list[Callable[[], Factors]]:
+    """What finds the largest magnitude by channel of each reader's weight, as it is now [K].
+
+    None where the readers take no factor. The weights are read when these are called, once.
+    """
+    try:
+        parts, _, size = read_by(tensor, readers)
+    except StopError:
+        return []
+    found = [(constant_operand(part.node, part.input), part.index) for part in parts]
+    return [partial(largest, operand, index, size) for operand, index in found if operand]
 
 
 def _weight(tensor: gs.Tensor, reader: gs.Node) -> tuple[Part, int, int]:

@@ -6,7 +6,7 @@ each of the copies that passes make: a file of 20 MB could fill 10 GB. So they a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -85,7 +85,7 @@ def locations(buffer: memoryview) -> Iterator[str]:
                 continue
             if inner == _ENTRY and kind.name == _TENSOR:
                 yield from _location(bytes(buffer[value:end]))
-            elif inner != _TENSOR or end - value < _LARGEST_REFERENCE:
+            elif inner in _HOLDERS and (inner != _TENSOR or end - value < _LARGEST_REFERENCE):
                 waiting.append((value, end, _KINDS[inner], depth + 1))
 
 
@@ -117,7 +117,18 @@ def _kinds(descriptor: Descriptor, found: dict[str, _Kind]) -> dict[str, _Kind]:
     return found
 
 
+def _holders(kinds: Mapping[str, _Kind], inside: str) -> frozenset[str]:
+    """The messages that may hold one of a kind, at any depth; and that kind itself."""
+    found = {inside}
+    while True:
+        more = {k.name for k in kinds.values() if not found.isdisjoint(k.messages.values())}
+        if more <= found:
+            return frozenset(found)
+        found |= more
+
+
 _MODEL = onnx.ModelProto.DESCRIPTOR.full_name
 _TENSOR = onnx.TensorProto.DESCRIPTOR.full_name
 _ENTRY = onnx.StringStringEntryProto.DESCRIPTOR.full_name
 _KINDS = _kinds(onnx.ModelProto.DESCRIPTOR, {})
+_HOLDERS = _holders(_KINDS, _TENSOR)

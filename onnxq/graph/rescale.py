@@ -65,9 +65,11 @@ class ScaledInline(InlineValues):
 
 
 def _typed(name: str, onnx_type: int, scaling: Scaling) -> Array:
-    wide = scaling.compute()
+    wide, dtype = scaling.compute(), numpy_dtype(onnx_type)
+    if wide.dtype == dtype:
+        return wide
     with np.errstate(over="ignore"):
-        values = wide.astype(numpy_dtype(onnx_type))
+        values = wide.astype(dtype)
     if not np.array_equal(np.isfinite(values), np.isfinite(wide)):
         raise OnnxqError(
             f"weight {name!r} leaves the range of its type when it is rescaled",

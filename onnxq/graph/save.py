@@ -1,9 +1,9 @@
-"""Write a model, streaming its weights: one tensor in memory at a time, whatever the size."""
+"""Write a model, streaming its weights: few in memory at a time, and of the largest one."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,13 +15,17 @@ from onnxq.graph import wire
 from onnxq.graph.commit import commit
 from onnxq.graph.model import Model
 from onnxq.graph.references import set_reference
-from onnxq.graph.weights import Values
+from onnxq.graph.weights import DerivedValues, Values
 from onnxq.progress import Progress, silent
+from onnxq.threads import in_order
 
 INLINE_LIMIT = 2_000_000_000
 """Bytes: a serialized protobuf message must stay below 2 GiB."""
 
 _PAGE, _PAGED_FROM, _ALIGNMENT = 4096, 1 << 20, 64
+
+_WORTH, _MOST_AHEAD = 1 << 16, 1 << 25
+"""Bytes of a weight that is computed before those in front of it are written."""
 
 
 def save(
@@ -85,6 +89,7 @@ def _write_data(
     """Write the payloads, aligned for mapping; fill in the references; return their CRC-32."""
     checksum, offset = zlib.crc32(proto.graph.name.encode()), 0
     tensors = [t for t in proto.graph.initializer if t.name in values]
+    pieces = _computed_ahead([values[t.name] for t in tensors])
     for done, tensor in enumerate(tensors):
         value = values[tensor.name]
         alignment = _PAGE if value.nbytes >= _PAGED_FROM else _ALIGNMENT
@@ -93,7 +98,7 @@ def _write_data(
         checksum = zlib.crc32(padding, checksum)
         offset += len(padding)
         start = offset
-        for piece in value.pieces():
+        for piece in pieces(value):
             stream.write(piece)
             checksum = zlib.crc32(piece, checksum)
             offset += len(piece)
@@ -101,6 +106,19 @@ def _write_data(
         set_reference(tensor, "", start, offset - start)
         progress("writing weights", done + 1, len(tensors))
     return checksum
+
+
+def _computed_ahead(values: Sequence[Values]) -> Callable[[Values], Iterable[bytes | memoryview]]:
+    """What gives the bytes of each value, called in their order; one a core is under way.
+
+    Of those that are computed and are no small matter, nor so large that two may not fit.
+    """
+
+    def counts(value: Values) -> bool:
+        return isinstance(value, DerivedValues) and _WORTH <= value.nbytes <= _MOST_AHEAD
+
+    made = in_order(lambda value: list(value.pieces()), filter(counts, values))
+    return lambda value: next(made) if counts(value) else value.pieces()
 
 
 def _inline_pieces(
@@ -129,12 +147,13 @@ def _inline_pieces(
     yield _serialize(proto)
     yield wire.header(wire.MODEL_GRAPH, body)
     yield graph_bytes
+    pieces = _computed_ahead([value for _, _, value, _ in heads if value is not None])
     for done, (tensor, head, value, size) in enumerate(heads):
         yield wire.header(wire.GRAPH_INITIALIZER, len(head) + size)
         yield head
         if value is not None:
             written = 0
-            for piece in value.pieces():
+            for piece in pieces(value):
                 written += len(piece)
                 yield piece
             _check_length(tensor, value, written)

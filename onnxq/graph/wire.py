@@ -41,18 +41,23 @@ def fields(buffer: memoryview, start: int, end: int) -> Iterator[Field]:
     position = start
     while position < end:
         tag_start = position
-        tag, position = _varint(buffer, position, end)
+        tag, position = buffer[position], position + 1  # nearly all numbers are of one byte
+        if tag > 0x7F:
+            tag, position = _varint(buffer, tag_start, end)
         number, wire_type = tag >> 3, tag & 7
         value = position
-        if wire_type == VARINT:
+        if wire_type == BYTES:
+            if position < end and (length := buffer[position]) < 0x80:
+                value = position + 1
+            else:
+                length, value = _varint(buffer, position, end)
+            position = value + length
+        elif wire_type == VARINT:
             _, position = _varint(buffer, position, end)
         elif wire_type == FIXED64:
             position += 8
         elif wire_type == FIXED32:
             position += 4
-        elif wire_type == BYTES:
-            length, value = _varint(buffer, position, end)
-            position = value + length
         else:
             raise _broken(f"wire type {wire_type} at byte {tag_start}")
         if position > end or number == 0:

@@ -19,11 +19,14 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxq import threads
 from onnxq.errors import OnnxqError
 from onnxq.files import alone_in
 from onnxq.graph import save as save_module
+from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
 from onnxq.graph.save import save
+from onnxq.graph.weights import array
 
 FORMS = [pytest.param(False, id="inline"), pytest.param(True, id="external")]
 
@@ -395,3 +398,82 @@ def test_data_is_aligned_for_mapping(tmp_path: Path) -> None:
     assert int(offsets["w"]["offset"]) % 4096 == int(offsets["v"]["offset"]) % 4096 == 0
     assert all(int(entry["offset"]) % 64 == 0 for entry in offsets.values())
     assert {entry["location"] for entry in offsets.values()} == {written[1].name}
+
+
+def _computed(folder: Path, count: int = 6, broken: int = -1) -> tuple[Model, list[int]]:
+    """A model whose weights are computed, some of them large; and which are being computed."""
+    names = [f"w{i}" for i in range(count)]
+    body = " ".join(f"t{i + 1} = Add(t{i}, {name})" for i, name in enumerate(names))
+    proto = g.parsed(
+        f"""<ir_version: 10, opset_import: ["": 18]>
+        g (float[n, 64] t0) => (float[n, 64] t{count}) {{ {body} }}""",
+    )
+    for i, name in enumerate(names):
+        values = np.random.default_rng(i).standard_normal((8 + 400 * (i % 2), 64))
+        weight = onnx.numpy_helper.from_array(values.astype(np.float32), name)
+        proto.graph.initializer.append(weight)
+    model = Model.load(g.saved(proto, folder / "computed-in.onnx"))
+    editor, made = Editor(model), []
+    for i, node in enumerate(list(model.graph.nodes)):
+        stored = node.inputs[1]
+
+        def produce(i: int = i, stored: Any = stored) -> Any:
+            if i == broken:
+                raise OnnxqError("cannot be computed", "")
+            made.append(i)
+            time.sleep(0.002 * (count - i))  # the later, the sooner it would be there
+            return array(stored) * np.float32(2)
+
+        weight = editor.derived(f"d{i}", onnx.TensorProto.FLOAT, stored.shape, produce)
+        editor.replace_input(node, 1, weight)
+    editor.finish()
+    return model, made
+
+
+@pytest.mark.parametrize("external", FORMS)
+def test_what_is_computed_ahead_is_written_in_its_place(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = None
+    for cores in (1, 2, 4):
+        monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
+        model, made = _computed(tmp_path)
+        out = save(model, tmp_path / "out.onnx", external=external)
+        assert sorted(made) == list(range(6))  # once each
+        old = onnx.load(tmp_path / "computed-in.onnx").graph.initializer
+        new = onnx.load(out[0]).graph.initializer
+        for before, after in zip(old, new, strict=True):
+            doubled = 2 * onnx.numpy_helper.to_array(before)
+            np.testing.assert_array_equal(onnx.numpy_helper.to_array(after), doubled)
+        written = [path.read_bytes() for path in out]
+        assert wanted in (None, written)
+        wanted = written
+
+
+@pytest.mark.parametrize("external", FORMS)
+def test_a_weight_that_cannot_be_computed_ahead_leaves_nothing(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    model, _ = _computed(tmp_path, broken=3)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OnnxqError, match="cannot be computed"):
+        save(model, tmp_path / "out.onnx", external=external)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_few_weights_are_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a core is computed ahead of the one being written; of those too large for that, none."""
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    for most, ahead in ((1 << 25, 3), (1 << 16, 1)):
+        monkeypatch.setattr(save_module, "_MOST_AHEAD", most)
+        model, made = _computed(tmp_path, 12)
+        lead = []
+
+        def told(_: str, done: int, total: int, made: Any = made, lead: Any = lead) -> None:
+            lead.append(sum(i % 2 and i >= done - 1 for i in made))
+
+        save(model, tmp_path / "out.onnx", external=True, progress=told)
+        assert 1 <= max(lead) <= ahead

@@ -13,7 +13,7 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 
 from onnxq.errors import OnnxqError
-from onnxq.graph import wire
+from onnxq.graph import parts, wire
 
 
 def _strip(model: onnx.ModelProto) -> tuple[bytes, onnx.ModelProto]:
@@ -124,3 +124,33 @@ def test_what_is_written_is_what_protobuf_reads(number: int, text: bytes) -> Non
     assert model.model_version == number >> 1
     attribute = onnx.AttributeProto.FromString(wire.field(4, text))
     assert attribute.s == text
+
+
+def _elsewhere(location: str) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=location, data_type=1, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def test_data_is_found_wherever_tensors_are() -> None:
+    """In attributes, bodies, functions, sparse tensors and what trains a model; and only there."""
+    body = onnx.GraphProto(name="body", initializer=[_elsewhere("body")])
+    inner = onnx.helper.make_node("If", ["c"], ["d"], then_branch=body, else_branch=body)
+    outer = onnx.GraphProto(name="outer", node=[inner], initializer=[_elsewhere("outer")])
+    node = onnx.helper.make_node("Loop", ["m"], ["y"], body=outer, value=_elsewhere("attribute"))
+    node.attribute.add(name="many", type=9).tensors.append(_elsewhere("list"))
+    node.attribute.add(name="graphs", type=10).graphs.append(
+        onnx.GraphProto(name="g", initializer=[_elsewhere("graphs")])
+    )
+    node.metadata_props.add(key="location", value="metadata")
+    model = onnx.ModelProto(graph=onnx.GraphProto(name="main", node=[node]))
+    model.metadata_props.add(key="location", value="metadata")
+    model.graph.initializer.append(_elsewhere("main"))
+    model.graph.sparse_initializer.add(values=_elsewhere("values"), indices=_elsewhere("indices"))
+    constant = onnx.helper.make_node("Constant", [], ["k"], value=_elsewhere("function"))
+    model.functions.add(name="f", node=[constant])
+    model.training_info.add(algorithm=onnx.GraphProto(initializer=[_elsewhere("training")]))
+    found = list(parts.locations(memoryview(model.SerializeToString())))
+    wanted = "main body body outer attribute list graphs values indices function training"
+    assert sorted(found) == sorted(wanted.split())
