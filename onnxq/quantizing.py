@@ -1,6 +1,7 @@
 """`quantize`, the spine: load -> place -> calibrate -> convert -> emit -> save.
 
-Functions import what they need when they are called, so that `import onnxq` stays light.
+Functions import what they need when they need it: `import onnxq` stays light, and so does a run
+that has no use for ONNX Runtime (25 MB).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxq import record
+from onnxq.algorithms import STEPS
 from onnxq.base import Precision, convert_base, refuse_little_memory
 from onnxq.choosing import choose_recipe, destination_of, placed, recalled
 from onnxq.errors import OnnxqError
@@ -138,12 +140,11 @@ def _copied(work: Work, source: Path, started: float) -> Quantized:
 
 def _rescale(work: Work) -> None:
     """Apply the step that rescales layers, if there is one, and measure behind it."""
-    from onnxq.algorithms import STEPS
-    from onnxq.rescaling import rescale, summary
-
     recipe = work.placement.recipe
     if work.table is None or all(STEPS[name][0] != "rescale" for name in recipe.steps):
         return
+    from onnxq.rescaling import rescale, summary
+
     work.placement, work.table, edits = rescale(
         work.graph,
         work.placement,
@@ -176,11 +177,11 @@ def _leave_costly(work: Work) -> Recipe:
     Returns:
         The recipe to record, which then names them.
     """
-    from onnxq.keeping import keep
-
     recipe = work.placement.recipe
     if not recipe.keeps:
         return recipe
+    from onnxq.keeping import keep
+
     if work.samples is None:
         raise OnnxqError(
             "which layers cost the outputs most is measured on data: a calibration table is not "
