@@ -19,12 +19,12 @@ from onnxq.calibrate.ranges import Ranges
 from onnxq.formats import QuantScheme
 from onnxq.placement import Decision, Placement
 from onnxq.progress import Progress, silent
+from onnxq.ranging import settle
 from onnxq.recipe import Recipe
 from onnxq.report import Edit, decibels
 from onnxq.rounding import finite_peaks
 from onnxq.schemes import granularity, output_axis
 from onnxq.sites import Site
-from onnxq.transform import settle
 
 if TYPE_CHECKING:
     from onnxq.calibrate.data import Samples

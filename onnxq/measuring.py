@@ -44,7 +44,7 @@ def calibrate(work: Work, tables: Sequence[PathLike], save: PathLike | None = No
     Args:
         save: where the table found is kept too.
     """
-    from onnxq.transform import watched_tensors
+    from onnxq.ranging import watched_tensors
 
     recipe = work.placement.recipe
     if not (recipe.needs_ranges or recipe.statistics):
@@ -70,7 +70,7 @@ def measure_again(work: Work) -> None:
     Raises:
         OnnxqError: it asks for more, and there are no samples.
     """
-    from onnxq.transform import watched_tensors
+    from onnxq.ranging import watched_tensors
 
     assert work.table is not None  # there was something to rescale by
     watched = {

@@ -61,6 +61,14 @@ class Placement:
         """The sites left as they are."""
         return tuple(d for d in self.decisions if not d.quantized)
 
+    def groups(self) -> list[list[Site]]:
+        """Quantized sites, those that read one tensor together (q, k, v), in graph order."""
+        found: dict[tuple[int, str], list[Site]] = {}
+        for decision in self.quantized:
+            site = decision.site
+            found.setdefault((id(site.node.inputs[0]), site.kind), []).append(site)
+        return list(found.values())
+
     def current(self) -> Placement:
         """The same with the weights that the sites' nodes read now, after some were rescaled."""
         found = (replace(d, site=current(d.site)) for d in self.decisions)

@@ -164,7 +164,7 @@ def _rescale(work: Work) -> None:
 
 def _choose_ranges(work: Work) -> None:
     """Take ranges from what was measured, before the conversion renames tensors."""
-    from onnxq.transform import activation_ranges
+    from onnxq.ranging import activation_ranges
 
     if work.table is not None:
         work.ranges = activation_ranges(work.placement, work.table)
@@ -199,8 +199,9 @@ def _leave_costly(work: Work) -> Recipe:
 def _convert_and_emit(work: Work, precision: Precision, io: str) -> None:
     """Convert the rest of the model to its base precision, round the weights, emit the Q/DQ."""
     from onnxq.inputs import layer_inputs
+    from onnxq.ranging import settle
     from onnxq.solving import Solver
-    from onnxq.transform import apply_placement, settle
+    from onnxq.transform import apply_placement
 
     graph, table, report = work.graph, work.table, work.report
     with layer_inputs(

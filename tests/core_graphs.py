@@ -20,8 +20,9 @@ from onnxq.graph.model import Model
 from onnxq.graph.prepare import prepare
 from onnxq.graph.save import save
 from onnxq.placement import Placement, place
+from onnxq.ranging import settle
 from onnxq.recipe import Recipe, load, parse_rule
-from onnxq.transform import apply_placement, settle
+from onnxq.transform import apply_placement
 
 Array = NDArray[Any]
 ROOT = Path(__file__).parents[1]

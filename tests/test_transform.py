@@ -36,7 +36,8 @@ from onnxq.graph.precision import BASES, plan_precision
 from onnxq.graph.prepare import prepare
 from onnxq.graph.query import constant_operand
 from onnxq.graph.save import save
-from onnxq.transform import apply_placement, settle
+from onnxq.ranging import settle
+from onnxq.transform import apply_placement
 
 QMAX = {"int8": 127.0, "fp8": 448.0}
 BF16 = np.dtype(ml_dtypes.bfloat16)

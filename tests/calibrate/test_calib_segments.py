@@ -226,9 +226,9 @@ def test_real_models_have_the_same_table(name: str, models: Path, tmp_path: Path
     """Maxima, histograms and Gram matrices, bit for bit; FP16 ones as ONNX Runtime computes them
     in one piece, without a rounding at the cuts."""
     from onnxq.choosing import choose_recipe, placed
+    from onnxq.ranging import watched_tensors
     from onnxq.report import Report
     from onnxq.samples import Data
-    from onnxq.transform import watched_tensors
 
     recipe, tokenizer, memory = MODELS[name]
     chosen, _ = choose_recipe(recipe, "sm89")

@@ -58,8 +58,8 @@ def _measure(name: str, what: str) -> dict[str, float]:
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import prepare
     from onnxq.placement import place
+    from onnxq.ranging import watched_tensors
     from onnxq.recipe import load
-    from onnxq.transform import watched_tensors
 
     case = CASES[name]
     model, _ = prepare(Model.load(case.model), 19)
