@@ -31,6 +31,8 @@ from onnxq.zeros import prune as prune
 
 if TYPE_CHECKING:
     from onnxq.calibrate.session import Device
+    from onnxq.engine.build import BuildResult
+    from onnxq.graph.model import Model
 
 PathLike = str | Path
 
@@ -104,7 +106,6 @@ def build(
     """
     from onnxq.engine.build import build as compile_engine
     from onnxq.engine.expected import expected_products
-    from onnxq.engine.shapes import profile_from_ranges, split_profiles
     from onnxq.graph.model import Model
     from onnxq.graph.prepare import infer_types
     from onnxq.predicting import find_cards, predict
@@ -118,42 +119,56 @@ def build(
     infer_types(graph)
     if sparse is None:
         sparse = record.sparsity(graph) == "2:4"
-    profiles: Sequence[Any] = split_profiles(shapes)
-    if given.given:
-        if profiles:
-            raise OnnxqError("shapes and data both given", "give one of them")
-        profiles = [profile_from_ranges(given.open(graph.inputs(), progress).shapes())]
     built = compile_engine(
         source,
         Path(output) if output else source.with_suffix(".plan"),
         target=target,
-        shapes=profiles,
+        shapes=_profiles(shapes, given, graph, progress),
         nodes=expected_products(graph),
         backend=backend,
         sparse=sparse,
         progress=progress,
     )
-    coverage = built.coverage
     report = Report(f"{source.name} compiled for {target}", notes=list(built.warnings))
-    report.facts.update(
-        engine=built.engine,
-        engine_bytes=built.engine_bytes,
-        versions=built.versions,
-        targets=built.targets,
-        seconds=round(built.parse_seconds + built.compile_seconds, 1),
-        layers=len(built.layers),
-        products=coverage.counts(),
-        weight_bytes=dict(coverage.weight_bytes),
-        coverage=coverage.to_json(),
-        commands=built.commands(),
-        sparse=built.sparse,
-        sparsity=list(built.sparsity),
-    )
+    report.facts.update(_facts(built))
     if not built.targets and not cards:  # the GPU at hand, whichever it is
         found = []
     predicted = predict(built, found, beside=original, again=bool(cards), progress=progress)
     report.facts["predicted"] = predicted.as_dict() if predicted else None
-    return Built(report, coverage.complete or not strict, built, coverage, predicted)
+    passed = built.coverage.complete or not strict
+    return Built(report, passed, built, built.coverage, predicted)
+
+
+def _profiles(
+    shapes: Sequence[str] | Sequence[Sequence[str]], data: Data, graph: Model, progress: Progress
+) -> Sequence[Any]:
+    """The optimization profiles, from shapes or from the data."""
+    from onnxq.engine.shapes import profile_from_ranges, split_profiles
+
+    profiles = split_profiles(shapes)
+    if not data.given:
+        return profiles
+    if profiles:
+        raise OnnxqError("shapes and data both given", "give one of them")
+    return [profile_from_ranges(data.open(graph.inputs(), progress).shapes())]
+
+
+def _facts(built: BuildResult) -> dict[str, Any]:
+    """What the report says of an engine."""
+    return {
+        "engine": built.engine,
+        "engine_bytes": built.engine_bytes,
+        "versions": built.versions,
+        "targets": built.targets,
+        "seconds": round(built.parse_seconds + built.compile_seconds, 1),
+        "layers": len(built.layers),
+        "products": built.coverage.counts(),
+        "weight_bytes": dict(built.coverage.weight_bytes),
+        "coverage": built.coverage.to_json(),
+        "commands": built.commands(),
+        "sparse": built.sparse,
+        "sparsity": list(built.sparsity),
+    }
 
 
 def compare(
