@@ -27,6 +27,21 @@ def cut(
         copies = [type(c).FromString(c.SerializeToString()) for c in content]
         graph.ClearField(field)
         getattr(graph, field).extend(copies)
+    graph.value_info.extend(inner_values(graph, types))
+
+
+def inner_values(
+    graph: onnx.GraphProto, types: Mapping[str, onnx.ValueInfoProto]
+) -> list[onnx.ValueInfoProto]:
+    """What is known of the tensors between the graph's inputs and outputs.
+
+    How ONNX Runtime fuses nodes depends on the shapes it knows, and it infers less than onnx does:
+    parts of a model must be told as much inside as they are told at their ends, or they compute
+    with other roundings than the whole.
+    """
+    known = {value.name for value in (*graph.input, *graph.output)}
+    made = dict.fromkeys(name for node in graph.node for name in node.output)
+    return [types[name] for name in made if name in types and name not in known]
 
 
 def _needed(graph: onnx.GraphProto, outputs: Sequence[str]) -> tuple[list[int], set[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxq.graph.cut import inner_values
 from onnxq.graph.dtypes import onnx_dtype, payload_bytes
 from onnxq.graph.exporting import value_types
 from onnxq.graph.model import Model
@@ -179,6 +180,7 @@ class Pieces:
         for name in spooled:
             if name not in outputs or self.wide(name) != name:
                 graph.output.append(self._widened(name))
+        graph.value_info.extend(inner_values(graph, self._types))
         add_probes(graph, probed)
         for name in constants:
             if name in self._sparse:

@@ -218,11 +218,13 @@ MODELS = {
     "minilm": ("fp8-gptq", "minilm", 110_000_000),
     "smollm2-fp32": ("int8", "smollm2-fp32", 260_000_000),
     "sdxl-unet-tiny-fp16": ("fp8-attention", None, 55_000_000),
+    # Fewer tensors are asked for: sums of convolutions that may go into one of these.
+    "sdxl-unet-tiny-fp16 int8": ("sdxl-int8", None, 55_000_000),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_real_models_have_the_same_table(name: str, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", MODELS)
+def test_real_models_have_the_same_table(case: str, models: Path, tmp_path: Path) -> None:
     """Maxima, histograms and Gram matrices, bit for bit; FP16 ones as ONNX Runtime computes them
     in one piece, without a rounding at the cuts."""
     from onnxq.choosing import choose_recipe, placed
@@ -230,7 +232,7 @@ def test_real_models_have_the_same_table(name: str, models: Path, tmp_path: Path
     from onnxq.report import Report
     from onnxq.samples import Data
 
-    recipe, tokenizer, memory = MODELS[name]
+    (recipe, tokenizer, memory), name = MODELS[case], case.split()[0]
     chosen, _ = choose_recipe(recipe, "sm89")
     model, placement = placed(models / name / "model.onnx", chosen, "sm89", Report(""))
     watched = watched_tensors(placement)
