@@ -1,4 +1,4 @@
-"""How much memory this process holds, and how much the machine has left."""
+"""How much memory this process holds, and how much the machine has left; sizes in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 import ctypes
 import os
 from pathlib import Path
+
+
+def megabytes(size: float) -> str:
+    """`164.0 MB`, or `5.13 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def resident_memory() -> int:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from onnxq.memory import megabytes
+
 if TYPE_CHECKING:
     from onnxq.engine.coverage import Coverage
     from onnxq.linting.finding import Finding
@@ -37,11 +39,6 @@ def printable(line: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def megabytes(size: float) -> str:
-    """`164 MB`, or `5.13 GB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def quantized_lines(result: Quantized) -> list[str]:

@@ -23,7 +23,7 @@ from onnxq.calibrate.session import Device, Session, open_session
 from onnxq.calibrate.table import CalibrationTable
 from onnxq.errors import OnnxqError
 from onnxq.graph.pieces import Pieces
-from onnxq.memory import trim_memory
+from onnxq.memory import megabytes, trim_memory
 from onnxq.progress import Progress, silent
 
 Array = NDArray[Any]
@@ -99,8 +99,8 @@ def _refuse_full(pieces: Pieces, segments: Sequence[Segment], samples: int, fold
         needed, what = needed + weights, "activations and rescaled weights"
     if needed > free:
         raise OnnxqError(
-            f"calibrating in segments keeps {needed / 1e9:.1f} GB of {what} in "
-            f"{folder.parent.parent}, which has {free / 1e9:.1f} GB left",
+            f"calibrating in segments keeps {megabytes(needed)} of {what} in "
+            f"{folder.parent.parent}, which has {megabytes(free)} left",
             _HINT,
         )
 

@@ -409,7 +409,7 @@ def test_a_full_disk_is_one_line_and_nothing_stays(tmp_path: Path, known: bool) 
     if known:
         before = "import shutil, collections\n"
         before += "shutil.disk_usage = lambda p: collections.namedtuple('D', 'free')(1000)"
-        said = "keeps 0.0 GB of activations in out, which has 0.0 GB left"
+        said = "keeps 0.0 MB of activations in out, which has 0.0 MB left"
     else:
         before = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
         said = "cannot keep activations in out/"
