@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -350,12 +351,14 @@ def load_table(path: Path, fingerprint: str | None = None) -> CalibrationTable:
                     f"{__version__} does not read",
                     "calibrate again, or update onnxq",
                 )
-            statistics = {}
+            statistics, entries = {}, defaultdict(list)
+            for key in archive.files:
+                entries[key.partition(".")[0]].append(key)
             for index, (tensor, names) in enumerate(head["tensors"].items()):
                 statistics[tensor] = make("+".join(names))
                 for name, statistic in statistics[tensor].items():
                     prefix = f"{index}.{name}."
-                    keys = [k for k in archive.files if k.startswith(prefix)]
+                    keys = [k for k in entries[str(index)] if k.startswith(prefix)]
                     statistic.load({k.removeprefix(prefix): archive[k] for k in keys})
             table = CalibrationTable(
                 fingerprint=str(head["fingerprint"]),
