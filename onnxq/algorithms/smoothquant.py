@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnxq import numerics
 from onnxq.algorithms.clip import powers, row_error
 from onnxq.formats import QuantScheme
+from onnxq.threads import in_order
 
 Matrix = NDArray[Any]
 
@@ -130,8 +131,8 @@ def search(
 
     before = error(lambda trial: np.ones(trial.X.shape[1]))
     best = Smoothing(None, before, before)
-    for alpha, factors_of in candidates.items():
-        found = error(factors_of)
+    errors = in_order(error, candidates.values())
+    for alpha, found in zip(candidates, errors, strict=True):
         if found < best.after:
             best = Smoothing(alpha, before, found)
     return best

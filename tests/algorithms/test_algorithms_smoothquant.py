@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
+from onnxq import threads
 from onnxq.algorithms.smoothquant import Trial, factors, halved, search
 from onnxq.formats import PerChannel, QuantScheme, quant_format
 
@@ -118,3 +121,24 @@ def test_halves_are_judged_by_each_other() -> None:
     assert found.before == pytest.approx(np.sqrt(np.average(share**2, weights=counts)), rel=1e-3)
     (alone,) = halved(X, counts, np.zeros(200, bool), peaks)
     assert (alone.peaks == np.abs(X).max(0)).all() and len(alone.X) == 200
+
+
+def test_of_equal_errors_the_first_wins_whatever_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later candidates may be done sooner."""
+    X, V, W = _case()
+    loudest = np.abs(np.hstack([V, W])).max(1)
+    best = factors(np.abs(X).max(0), loudest, 0.5)
+    found = []
+    for cores in (1, 4):
+        monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
+        made = {}
+        for delay, name in ((0.02, "first"), (0.0, "second"), (0.0, "third")):
+
+            def slow(trial: Trial, delay: float = delay) -> np.ndarray:
+                time.sleep(delay)
+                return best
+
+            made[name] = slow
+        trials = _whole(X, np.ones(200))
+        found.append(search(trials, [(V, INT8), (W, INT8)], made, _read))
+    assert found[0] == found[1] and found[0].alpha == "first"
