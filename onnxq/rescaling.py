@@ -34,7 +34,7 @@ from onnxq.report import Edit
 from onnxq.rounding import refuse_infinite, weight_matrix
 from onnxq.sites import Site, current
 from onnxq.smoothing import Fit, Weights, search_factors
-from onnxq.threads import in_order
+from onnxq.threads import few, in_order
 from onnxq.unfinished import Unfinished
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _looked_at(groups: Sequence[tuple[Tensor, list[Site]]]) -> Iterator[list[Flo
     They are kept with the weights, where `Fold` finds them.
     """
     weights = [weights_of(tensor, [site.node for site in sites]) for tensor, sites in groups]
-    return in_order(lambda each: [look() for look in each], weights)
+    return in_order(lambda each: [look() for look in each], weights, few())
 
 
 def _loudest(fold: Fold, sites: Sequence[Site]) -> FloatArray:

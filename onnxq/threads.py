@@ -31,6 +31,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def few() -> int:
+    """Threads for work of which each holds a weight in memory: one a core, but four at most."""
+    return min(cores(), 4)
+
+
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
     """The results of `work`, in the order of the items; no more are under way than `workers`.
 

@@ -31,7 +31,7 @@ from onnxq.rounding import Rounding
 from onnxq.sharing import separate_products, shared_ranges
 from onnxq.sites import is_current
 from onnxq.solving import Solver
-from onnxq.threads import in_order
+from onnxq.threads import few, in_order
 
 SOFTMAX_PEAK = 1.0
 """Probabilities need no calibration: the scale is 1/448."""
@@ -131,7 +131,8 @@ def _coded(
         made = code(sites)
         return lambda: made
 
-    return in_order(ahead, groups, None if coder.rounding.ahead else 1)
+    workers = few() if coder.rounding is coder.nearest else None
+    return in_order(ahead, groups, workers if coder.rounding.ahead else 1)
 
 
 def _quantize_layers(

@@ -17,7 +17,7 @@ from onnxq.graph.model import Model
 from onnxq.graph.references import set_reference
 from onnxq.graph.weights import DerivedValues, Values
 from onnxq.progress import Progress, silent
-from onnxq.threads import in_order
+from onnxq.threads import few, in_order
 
 INLINE_LIMIT = 2_000_000_000
 """Bytes: a serialized protobuf message must stay below 2 GiB."""
@@ -109,7 +109,7 @@ def _write_data(
 
 
 def _computed_ahead(values: Sequence[Values]) -> Callable[[Values], Iterable[bytes | memoryview]]:
-    """What gives the bytes of each value, called in their order; one a core is under way.
+    """What gives the bytes of each value, called in their order; a few are under way.
 
     Of those that are computed and are no small matter, nor so large that two may not fit.
     """
@@ -117,7 +117,7 @@ def _computed_ahead(values: Sequence[Values]) -> Callable[[Values], Iterable[byt
     def counts(value: Values) -> bool:
         return isinstance(value, DerivedValues) and _WORTH <= value.nbytes <= _MOST_AHEAD
 
-    made = in_order(lambda value: list(value.pieces()), filter(counts, values))
+    made = in_order(lambda value: list(value.pieces()), filter(counts, values), few())
     return lambda value: next(made) if counts(value) else value.pieces()
 
 

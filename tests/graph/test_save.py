@@ -465,11 +465,11 @@ def test_a_weight_that_cannot_be_computed_ahead_leaves_nothing(
 def test_few_weights_are_in_memory_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One a core is computed ahead of the one being written; of those too large for that, none."""
-    monkeypatch.setattr(threads, "cores", lambda: 2)
-    for most, ahead in ((1 << 25, 3), (1 << 16, 1)):
+    """One a core, four at most, is computed ahead; of those too large for that, none."""
+    for cores, most, ahead in ((2, 1 << 25, 3), (64, 1 << 25, 5), (2, 1 << 16, 1)):
+        monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
         monkeypatch.setattr(save_module, "_MOST_AHEAD", most)
-        model, made = _computed(tmp_path, 12)
+        model, made = _computed(tmp_path, 24)
         lead = []
 
         def told(_: str, done: int, total: int, made: Any = made, lead: Any = lead) -> None:
