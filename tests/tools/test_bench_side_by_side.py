@@ -115,6 +115,13 @@ def test_results_are_kept(bench: Bench) -> None:
     assert bench.judged == [f"fake.{recipe} {p}" for recipe in ("good", "rude") for p in parts]
 
 
+def test_a_result_whose_model_is_gone_is_made_again(bench: Bench) -> None:
+    bench.rows()
+    (bench.folder / "bench/tiny/fake.good/model.onnx").unlink()
+    assert bench.rows()["fake good"]["bytes"] > 0
+    assert bench.calls() == ["good", "bad", "rude", "good"]
+
+
 def test_methods_for_four_bits_have_their_own_script_data_and_judgement(bench: Bench) -> None:
     bench.rows()
     row = bench.rows(bits=4)["fake good"]

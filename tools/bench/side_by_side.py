@@ -3,7 +3,8 @@
 Everything lies in `models/out/bench/MODEL/`: `input/` (a copy of the model, which some peers write
 to), `calib.npz`, `heldout.npz`, and a folder a recipe with the model it wrote and `result.json`.
 A result is kept as long as what it depends on is the same: the peer's packages, its script (of
-ours, the source), the model, the data. A run that was stopped goes on where it was.
+ours, the source), the model, the data; and the model it wrote is there. A run that was stopped goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def _run(
         "calib": _contents(folder / "calib.npz"),
     }
     known = _read(place / "result.json")
-    if fresh or known.get("key") != key:
+    gone = not (known.get("failed") or peer.name == FLOOR or (place / "model.onnx").exists())
+    if fresh or gone or known.get("key") != key:
         known = {"key": key, "runs": [], "judged": known.get("judged", {})}
     if len(known["runs"]) >= setting.rounds or known.get("failed"):
         return
