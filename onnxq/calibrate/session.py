@@ -50,6 +50,7 @@ _FOREIGN: dict[np.dtype[Any], int] = {
 _QUIET = 4  # ONNX Runtime's severity FATAL: what fails is raised, and onnxq says it in one line
 _NO_QDQ_FUSION = "session.disable_quant_qdq"
 _NO_KERNEL = ("type error", "could not find an implementation", "failed to find kernel")
+_TWO_TYPES = ("quantizelinear", "output_dtype", "zero_point type")
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ def open_session(
         except Exception as second:
             raise _load_error(model, second) from second
         notes.append(
-            f"loaded with the session option {_NO_QDQ_FUSION}=1: with its default options ONNX "
-            "Runtime fuses the 8-bit float layers into an operator that does not take them"
+            f"loaded with the session option {_NO_QDQ_FUSION}=1: with its default options this "
+            "ONNX Runtime turns 8-bit layers into a form it has no kernel for"
         )
     provider = session.get_providers()[0]
     if device == "cuda" and provider != "CUDAExecutionProvider":
@@ -233,10 +234,11 @@ def _load(ort: Any, model: Path | bytes, options: Any, providers: list[Any]) -> 
 
 
 def _is_qdq_fusion(error: Exception) -> bool:
-    """Whether loading failed because a Q/DQ fusion met 8-bit floats (MatMulIntegerToFloat, an
-    Unsqueeze that DequantizeLinear was moved behind, ...)."""
+    """Whether loading failed because ONNX Runtime rewrote Q/DQ: it fused 8-bit floats
+    (MatMulIntegerToFloat, ...), or moved DequantizeLinear and put a pair of two types behind."""
     text = str(error).lower()
-    return "float8" in text and any(reason in text for reason in _NO_KERNEL)
+    no_kernel = "float8" in text and any(reason in text for reason in _NO_KERNEL)
+    return no_kernel or all(word in text for word in _TWO_TYPES)
 
 
 def _load_error(model: Path | bytes, error: Exception) -> OnnxqError:

@@ -1,6 +1,6 @@
 """Rules on names, opsets and what other readers of the file make of it.
 
-ONNX Runtime's part was seen with 1.31 on a CPU, under its default optimizations.
+ONNX Runtime's part was seen with 1.31 and 1.32 on a CPU, under its default optimizations.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _joins_bias(node: Node) -> bool:
 
 
 def ort_fp8(subject: Subject) -> Iterator[Found]:
-    """FP8 products that ONNX Runtime turns into integer operators."""
+    """FP8 products that ONNX Runtime before 1.32 turns into integer operators."""
     for product in subject.products:
         if product.node.op != "MatMul":
             continue
@@ -190,9 +190,9 @@ def ort_fp8(subject: Subject) -> Iterator[Found]:
             continue
         sources = [o.source for o in product.operands if o.source is not None]
         if all(subject.type(q.scale) == "fp32" for q in sources):
-            yield Found(product.node, "an FP8 MatMul with FP32 scales")
+            yield Found(product.node, "before 1.32, an FP8 MatMul with FP32 scales")
         elif any(p.values is product.node for p in subject.attentions):
-            yield Found(product.node, "an FP8 product of probabilities")
+            yield Found(product.node, "before 1.32, an FP8 product of probabilities")
 
 
 _ORT_CURE = "set session.disable_quant_qdq=1 in ONNX Runtime (TensorRT is not concerned)"
@@ -231,5 +231,11 @@ RULES = (
         "tensorrt-rtx 1.7.1 pads",
     ),
     Rule("onnxruntime-layout", Severity.PORTABILITY, ort_layout, _ORT_CURE, tensorrt=False),
-    Rule("onnxruntime-fp8", Severity.PORTABILITY, ort_fp8, _ORT_CURE, tensorrt=False),
+    Rule(
+        "onnxruntime-fp8",
+        Severity.PORTABILITY,
+        ort_fp8,
+        f"take ONNX Runtime 1.32, or {_ORT_CURE}",
+        tensorrt=False,
+    ),
 )
