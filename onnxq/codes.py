@@ -23,10 +23,11 @@ from onnxq.threads import spread
 
 Array = npt.NDArray[Any]
 
-_PIECE = 1 << 16
-"""Numbers at a time: three buffers of them fit the second-level cache."""
+_PIECE = 1 << 19
+"""Numbers at a time: few enough for the third-level cache, and many enough that threads seldom wait
+for Python's lock (see `products`)."""
 
-_PARTS_EACH = 8
+_PARTS_EACH = 1
 """Pieces that are worth a thread."""
 
 _TO_INTEGER = np.float32(1.5 * 2**23)

@@ -37,7 +37,9 @@ def few() -> int:
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
-    """The results of `work`, in the order of the items; no more are under way than `workers`.
+    """The results of `work`, in the order of the items; one more is under way than `workers`.
+
+    With it no thread waits for whoever takes the results, or for a slow item before its own.
 
     Args:
         workers: threads; None: one per core.
@@ -51,7 +53,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int | None = N
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) >= workers:
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -69,8 +71,10 @@ def spread(work: Callable[[Sequence[T]], R], items: Sequence[T], least: int) -> 
     workers = min(cores(), len(items) // least)
     if workers < 2 or getattr(_thread, "has_others", False):
         return [work(items)]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, [items[i::workers] for i in range(workers)]))
+    shares = [items[i::workers] for i in range(workers)]
+    with ThreadPoolExecutor(workers - 1) as pool:
+        others = pool.map(work, shares[1:])
+        return [work(shares[0]), *others]
 
 
 class Once(Generic[T]):
