@@ -168,12 +168,13 @@ def largest(operand: ConstantOperand, index: NDArray[np.int64], size: int) -> Fa
         size: how many channels there are.
 
     Returns:
-        float64 [size]; 0 for channels that no value has.
+        float64 [size]; 0 for channels that no value has, NaN for those with one.
     """
     rank = len(operand.shape)
     index = index.reshape(padded(index.shape, rank))
     kept = tuple(d > 1 for d in index.shape[index.ndim - rank :])
     found = np.broadcast_to(peaks(operand, kept), index.shape)
     out = np.zeros(size + 1)
-    np.maximum.at(out, index.reshape(-1), found.reshape(-1))
+    with np.errstate(invalid="ignore"):  # NaN is the result then
+        np.maximum.at(out, index.reshape(-1), found.reshape(-1))
     return out[:size]

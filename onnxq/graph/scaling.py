@@ -68,7 +68,8 @@ class Scaling:
         factor = factor.reshape(padded(factor.shape, len(shape)))
         key = _varying(factor)
         made[key] = made[key] * factor if key in made else factor
-        kept = self.known if tuple(shape) == self.shape else {}
+        # A copy: other threads may be looking at this constant, ahead of whoever rescales it.
+        kept = dict(self.known) if tuple(shape) == self.shape else {}
         known = {axes: found for axes, found in kept.items() if _is_along(key, axes)}
         return Scaling(self.source, self.permutation, tuple(shape), made, known)
 

@@ -12,7 +12,7 @@ import pytest
 from onnxq.graph.edit import Editor
 from onnxq.graph.model import Model
 from onnxq.graph.query import ConstantOperand, constant_operand
-from onnxq.graph.rescale import rescale
+from onnxq.graph.rescale import largest, rescale
 from onnxq.graph.scaling import peaks
 from onnxq.graph.weights import StoredValues, original
 
@@ -61,6 +61,22 @@ def test_the_largest_follow_every_rescaling(tmp_path: Path, layout: str) -> None
     for shape in ((48, 1), (1, 32), (48, 1), (1, 1), (48, 32)):
         _scaled(model, RNG.lognormal(0, 1, shape))
         _check(model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nan_is_the_largest_of_its_channel_and_no_warning(tmp_path: Path) -> None:
+    values = RNG.standard_normal((48, 32)).astype(np.float32)
+    values[3, 5] = np.nan
+    proto = g.parsed(
+        """<ir_version: 10, opset_import: ["": 18]>
+        g (float[n, 48] x) => (float[n, 32] y) { y = MatMul(x, w) }""",
+        onnx.numpy_helper.from_array(values, "w"),
+    )
+    model = Model.load(g.saved(proto, tmp_path / "nan.onnx"))
+    channels = np.arange(48)[:, None] // 2  # two rows a channel
+    wanted = np.abs(values).reshape(24, 64).max(axis=1)
+    assert np.isnan(wanted[1]) and np.isnan(wanted).sum() == 1
+    np.testing.assert_array_equal(largest(_operand(model), channels, 24), wanted)
 
 
 def test_what_is_known_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
